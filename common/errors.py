@@ -1,0 +1,20 @@
+"""Bad input ends a program with one line and exit code 2; everything else keeps its traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """The user's input is wrong. One line: what, where (file, line, key or flag), what would be right."""
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run a command-line entry point; a `UserError` becomes `error: ...` on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,26 @@
+"""Share work over the ranks of a distributed run: each computes its part, then all have all of it."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+def _world() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def share(items: Sequence[int]) -> list[int]:
+    """The items that this rank works on: every world-size-th one."""
+    rank, world = _world()
+    return list(items[rank::world])
+
+
+def exchange(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks; with zeros outside each rank's share, all ranks end with the same bits."""
+    if _world()[1] > 1:
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor)
+    return tensor

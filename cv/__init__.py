@@ -1,0 +1,1 @@
+"""The CIFAR-100 side: networks, distillers, data and the training loop."""

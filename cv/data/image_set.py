@@ -1,0 +1,92 @@
+"""What a loaded data set is, and the two things computed from one: channel statistics and a balanced subset."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from cv.data.augment import Augment
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Labelled images of one size: `images` uint8 (N, C, H, W) contiguous, `labels` int64 (N,) in 0..num_classes-1."""
+
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4 or not self.images.is_contiguous():
+            raise ValueError(
+                f"images must be contiguous uint8 (N, C, H, W), not {self.images.dtype} {self.images.shape}"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(f"labels must be int64 ({len(self.images)},), not {self.labels.dtype} {self.labels.shape}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> "ImageSet":
+        """The same set on `device`; no copy where it is there already."""
+        return ImageSet(self.images.to(device), self.labels.to(device), self.num_classes)
+
+    def take(self, indices: Tensor) -> "ImageSet":
+        """The images at `indices` (int64), in that order."""
+        return ImageSet(self.images[indices], self.labels[indices], self.num_classes)
+
+
+@dataclass(frozen=True, eq=False)
+class DataSets:
+    """A data set ready for training; `mean` and `std` are per channel, of pixel values scaled to 0..1.
+
+    `classes` are the names of the labels where the source has them. `augment` is the customary augmentation of this
+    data set: zero padding of an eighth of the side (4 pixels for CIFAR) and a flip, without the flip for digits.
+    """
+
+    train: ImageSet
+    test: ImageSet
+    classes: list[str] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: Augment
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and (population) standard deviation per channel of uint8 (N, C, H, W) images, of values scaled to 0..1.
+
+    Exact up to float64 rounding: both come from the channel's histogram. A channel that is constant over the whole set
+    cannot be normalised and is a `UserError`.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in range(images.shape[1]):
+        histogram = torch.bincount(images[:, channel].reshape(-1), minlength=256).double()
+        histogram /= histogram.sum()
+        mean = (histogram * values).sum()
+        deviation = (histogram * (values - mean) ** 2).sum().sqrt().item()
+        if deviation == 0:
+            raise UserError(f"training images: channel {channel} has the value {255 * mean:.0f} everywhere")
+        means.append(mean.item())
+        deviations.append(deviation)
+    return tuple(means), tuple(deviations)
+
+
+def balanced_subset(labels: Tensor, size: int) -> Tensor:
+    """Ascending indices (size,) of a fixed subset in which the classes' counts differ by at most one.
+
+    Seeded by 0 and independent of every other seed, so all runs with the same `size` see the same images; a smaller
+    subset is contained in a larger one. A class with too few images gives all that it has.
+    """
+    if not 1 <= size <= len(labels):
+        raise UserError(f"subset: {size} training images asked for; this data set has 1 to {len(labels)}")
+    generator = torch.Generator().manual_seed(0)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    counts = torch.bincount(labels)
+    turn_of_class = torch.randperm(len(counts), generator=generator)
+    by_class = labels[shuffled].argsort(stable=True)
+    rank_in_class = torch.empty_like(by_class)
+    rank_in_class[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    turn = rank_in_class * len(counts) + turn_of_class[labels[shuffled]]
+    return shuffled[turn.argsort()[:size]].sort().values

@@ -1,0 +1,59 @@
+"""A data set by its name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.nn.functional as F
+
+from common.errors import UserError
+from cv.data.augment import Augment
+from cv.data.cifar import CIFAR10, CIFAR100, read_cifar
+from cv.data.digits import read_digits
+from cv.data.folders import read_folder, read_tiny_imagenet
+from cv.data.image_set import DataSets, ImageSet, balanced_subset, channel_statistics
+
+Splits = tuple[ImageSet, ImageSet, list[str] | None]
+READERS: dict[str, Callable[[Path, int | None], Splits]] = {
+    "cifar100": lambda root, image_size: read_cifar(CIFAR100, root),
+    "cifar10": lambda root, image_size: read_cifar(CIFAR10, root),
+    "tiny-imagenet": read_tiny_imagenet,
+    "folder": read_folder,
+    "digits": lambda root, image_size: read_digits(),
+}
+CONSTANTS = {"cifar100": (CIFAR100.mean, CIFAR100.std), "cifar10": (CIFAR10.mean, CIFAR10.std)}
+PADDING_SHARE = 8  # zero padding is the side over this: 4 for CIFAR's 32 pixels
+
+
+def load_dataset(name: str, root: str | Path, *, image_size: int | None = None, subset: int | None = None) -> DataSets:
+    """Read a data set into memory (N * C * H * W bytes on the CPU); nothing is cached.
+
+    name: cifar100, cifar10 (layouts: `read_cifar`), tiny-imagenet, folder (layouts: cv/data/folders.py) or digits, which
+    needs no root. image_size: side in pixels that all images are brought to; None keeps their own, which must be one.
+    subset: train on that many images only, a fixed balanced choice (`balanced_subset`). Mean and standard deviation are
+    the customary constants for CIFAR, else those of all training images. Bad input of any kind is a `UserError`.
+    """
+    if name not in READERS:
+        raise UserError(f"data set {name!r}: unknown; choose from {', '.join(READERS)}")
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image size {image_size}: must be at least 1")
+    train, test, classes = READERS[name](Path(root).expanduser(), image_size)
+    if image_size is not None:
+        train, test = _resize(train, image_size), _resize(test, image_size)
+    height, width = train.images.shape[2:]
+    if test.images.shape[2:] != (height, width):
+        raise UserError(
+            f"data set {name!r}: training images have {width}x{height} pixels, test images "
+            f"{test.images.shape[3]}x{test.images.shape[2]}; give an image size to bring all to one"
+        )
+    mean, std = CONSTANTS[name] if name in CONSTANTS else channel_statistics(train.images)
+    if subset is not None:
+        train = train.take(balanced_subset(train.labels, subset))
+    augment = Augment(padding=min(height, width) // PADDING_SHARE, flip=name != "digits")
+    return DataSets(train, test, classes, mean, std, augment)
+
+
+def _resize(image_set: ImageSet, size: int) -> ImageSet:
+    if image_set.images.shape[2:] == (size, size):
+        return image_set
+    images = F.interpolate(image_set.images, size=(size, size), mode="bilinear", antialias=True)
+    return ImageSet(images.contiguous(), image_set.labels, image_set.num_classes)

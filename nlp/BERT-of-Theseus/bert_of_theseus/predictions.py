@@ -1,0 +1,46 @@
+"""Predictions on a test set, in the TSV format that the GLUE server takes."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from bert_of_theseus.metrics import decide
+from bert_of_theseus.tasks import Task
+
+
+def write_predictions(task: Task, folder: str | Path, logits: np.ndarray, set_name: str = "test") -> Path:
+    """Write one line an example, `index<TAB>prediction`, under the name that the server wants (`RTE.tsv`).
+
+    The prediction is the label as the task's files write it. Scores of STS-B are clipped to [0, 5] and have three
+    decimals; scores of a custom task are written in full. The index counts from 0, as it does in every GLUE test file.
+    The file appears complete or not at all.
+
+    Args:
+        task: the task, with its labels.
+        folder: made if need be.
+        logits: (N, classes); (N,) or (N, 1) for regression; in the order of the test file.
+        set_name: one of `task.test_sets`.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError, FloatingPointError: outputs of a wrong shape or not finite (`metrics.decide`).
+    """
+    values = decide(task, logits)
+    if not task.regression:
+        words = [task.labels[value] for value in values]
+    elif task.score_range:
+        words = [f"{value:.3f}" for value in values.clip(*task.score_range)]
+    else:
+        words = [f"{value:.9g}" for value in values]
+
+    path = Path(folder) / task.predictions[set_name]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    lines = [f"{index}\t{word}\n" for index, word in enumerate(words)]
+    with aside.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(["index\tprediction\n", *lines])
+    os.replace(aside, path)
+    return path

@@ -1,0 +1,23 @@
+"""Set-up that every test shares: the torchvision repair, one thread a worker, where real data may lie."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.torchvision_repair import repair_torchvision
+
+repair_torchvision()
+torch.set_num_threads(1)  # tests run in parallel workers; the tensors are tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with the real GLUE and CIFAR-100 files; tests that want it skip where there is none."""
+    folder = Path(os.environ.get("DSKD_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no real data: set DSKD_DATA to a folder with glue/ and cifar100/")
+    return folder
