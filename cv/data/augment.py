@@ -20,14 +20,14 @@ class Augment:
     flip: bool
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Crop corner and mirroring of `count` images: int64 (count, 3), columns top, left in 0..2*padding, flip 0/1."""
+        """Crop corner (top, left in 0..2*padding) and mirroring (0 or 1) of `count` images: int64 (count, 3)."""
         device = generator.device
         corner = torch.randint(2 * self.padding + 1, (count, 2), generator=generator, device=device)
         mirrored = torch.randint(2, (count, 1), generator=generator, device=device)
         return torch.cat([corner, mirrored * self.flip], dim=1)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Augment uint8 images (N, C, H, W) by the given draws (N, 3) on the same device; a new tensor of that shape."""
+        """Augment uint8 images (N, C, H, W) by draws (N, 3) that lie on the same device; a new tensor of that shape."""
         n, c, h, w = images.shape
         top, left, mirrored = draws[:, :, None].unbind(1)
         rows = torch.arange(h, device=images.device) + top
@@ -45,10 +45,10 @@ def normalize(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> Tensor:
-    """(images / 255 - mean) / std per channel, for uint8 (N, C, H, W) images; bitwise torchvision's ToTensor + Normalize.
+    """(images / 255 - mean) / std per channel of uint8 images (N, C, H, W).
 
-    Computed in float32 and rounded once to `dtype`. `mean` and `std` (C,) are copied to the device in every call unless
-    they are tensors that lie there already.
+    Computed in float32, bitwise as torchvision's ToTensor and Normalize, and rounded once to `dtype`. `mean` and `std`
+    (C,) are copied to the device in every call unless they are tensors that lie there already.
     """
     mean = torch.as_tensor(mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
     std = torch.as_tensor(std, dtype=torch.float32, device=images.device).view(-1, 1, 1)

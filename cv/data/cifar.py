@@ -25,6 +25,8 @@ class CifarVariant:
     std: tuple[float, float, float]
 
 
+# The constants of the distillation literature (mdistiller and its successors), kept to the digit for comparability;
+# those of the CIFAR-100 training images are within 0.0002 of them.
 CIFAR10 = CifarVariant("cifar10", 10, "CIFAR10", ("label",), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100 = CifarVariant(
     "cifar100", 100, "CIFAR100", ("fine_label", "label"), (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -82,7 +84,9 @@ def _find_parquet(variant: CifarVariant, root: Path) -> tuple[list[Path], list[P
     return None
 
 
-def _read_both_splits(variant: CifarVariant, train_files: list[Path], test_files: list[Path]):
+def _read_both_splits(
+    variant: CifarVariant, train_files: list[Path], test_files: list[Path]
+) -> tuple[ImageSet, ImageSet, list[str] | None]:
     train, classes = read_parquet(variant, train_files)
     test, _ = read_parquet(variant, test_files)
     absent = torch.bincount(train.labels, minlength=variant.num_classes).eq(0).nonzero().flatten().tolist()

@@ -27,10 +27,10 @@ PADDING_SHARE = 8  # zero padding is the side over this: 4 for CIFAR's 32 pixels
 def load_dataset(name: str, root: str | Path, *, image_size: int | None = None, subset: int | None = None) -> DataSets:
     """Read a data set into memory (N * C * H * W bytes on the CPU); nothing is cached.
 
-    name: cifar100, cifar10 (layouts: `read_cifar`), tiny-imagenet, folder (layouts: cv/data/folders.py) or digits, which
-    needs no root. image_size: side in pixels that all images are brought to; None keeps their own, which must be one.
-    subset: train on that many images only, a fixed balanced choice (`balanced_subset`). Mean and standard deviation are
-    the customary constants for CIFAR, else those of all training images. Bad input of any kind is a `UserError`.
+    name: cifar100, cifar10 (layouts: `read_cifar`), tiny-imagenet, folder (layouts: cv/data/folders.py) or digits (root
+    is not looked at). image_size: side in pixels that all images are brought to; None keeps their own, which must be
+    one. subset: train on that many images only, a fixed balanced choice (`balanced_subset`). Mean and standard deviation
+    are the customary constants for CIFAR, else those of all training images. Any bad input is a `UserError`.
     """
     if name not in READERS:
         raise UserError(f"data set {name!r}: unknown; choose from {', '.join(READERS)}")

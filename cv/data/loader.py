@@ -16,10 +16,9 @@ class EpochLoader:
     """Shuffled, augmented, normalised batches; every epoch is a function of (seed, epoch) alone.
 
     The order and the augmentation of an epoch are drawn once, on the CPU, and copied to the device: the same images
-    come on every kind of device, and an image is augmented alike for any batch size and number of ranks. Of `world_size`
-    ranks, rank r takes the positions r, r + world_size, ... of the common order; where they do not share out evenly,
-    the first images of the order are given out a second time (as DistributedSampler does), so that all ranks have
-    equally many steps.
+    come on every kind of device, and an image is augmented alike for any number of ranks and any batch size. Rank r
+    takes the positions r, r + world_size, ... of the common order; where they do not share out evenly, the first images
+    of the order are given out a second time (as DistributedSampler does), so that all ranks have equally many steps.
 
     batch_size: images of one rank and step; augment: None leaves the images as they are; mean, std: per channel, of
     pixel values in 0..1; seed: at least 0; drop_last: leave out a last batch that is not full; dtype, channels_last:

@@ -119,7 +119,9 @@ class Distiller(nn.Module):
         teacher = feature_shapes(self.teacher, self.image_shape)
         if len(student.maps) != len(teacher.maps):
             ours, theirs = ([tuple(shape) for shape in shapes.maps[1:]] for shapes in (student, teacher))
-            fewer, more, extra = ("student", "teacher", theirs) if len(ours) < len(theirs) else ("teacher", "student", ours)
+            fewer, more, extra = (
+                ("student", "teacher", theirs) if len(ours) < len(theirs) else ("teacher", "student", ours)
+            )
             unmatched = range(min(len(ours), len(theirs)) + 1, len(extra) + 1)
             raise UserError(
                 f"method {self.name} compares stage by stage, but stage {', '.join(map(str, unmatched))} of the {more} "

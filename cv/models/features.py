@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,7 +60,6 @@ def conv_bn(in_channels: int, out_channels: int, kernel: int, stride: int = 1, g
     return nn.Sequential(conv(in_channels, out_channels, kernel, stride, groups), nn.BatchNorm2d(out_channels))
 
 
-@torch.no_grad()
 def he_init(network: nn.Module) -> None:
     """Draw every convolution from N(0, 2 / (kh kw out_channels)) (He et al. 2015, equation 14)."""
     for module in network.modules():

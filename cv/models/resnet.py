@@ -4,6 +4,8 @@ As in the knowledge-distillation literature since CRD (Tian et al., ICLR 2020), 
 shape is a 1x1 convolution with batch norm, and the 'x4' networks have 32, 64, 128, 256 channels.
 """
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,14 +30,14 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(Network):
-    """A stem and three stages of `blocks` basic blocks each: depth 6 * blocks + 2; channels: stem's, then the stages'."""
+    """A stem and three stages of `blocks` basic blocks (depth 6 * blocks + 2); `channels` starts with the stem's."""
 
     def __init__(self, blocks: int, channels: tuple[int, int, int, int], num_classes: int, in_channels: int = 3):
         super().__init__()
         self.conv1 = conv(in_channels, channels[0], 3)
         self.bn1 = nn.BatchNorm2d(channels[0])
         self.stages = nn.ModuleList()
-        for before, after, stride in zip(channels, channels[1:], (1, 2, 2), strict=False):
+        for (before, after), stride in zip(pairwise(channels), (1, 2, 2), strict=True):
             first = BasicBlock(before, after, stride)
             self.stages.append(Stage(first, *(BasicBlock(after, after, 1) for _ in range(blocks - 1))))
         self.classifier = nn.Linear(channels[-1], num_classes)

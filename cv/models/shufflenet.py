@@ -3,6 +3,8 @@
 V1: Zhang et al., CVPR 2018, 3 groups. V2: Ma et al., ECCV 2018, size 1. Weights keep torch's default initialisation.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,13 +14,9 @@ from cv.models.features import Features, Network, Stage, conv_bn
 STEM = 24
 
 
-def shuffle(x: Tensor, groups: int) -> Tensor:
-    """Deal the channels of x (N, C, H, W) out over the groups in turn."""
-    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
-
-
 class UnitV1(nn.Module):
-    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1 (V1's figure 2); at stride 2 the pooled input is appended.
+    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1 (V1's figure 2, but with a ReLU after the depthwise
+    one); at stride 2 the pooled input is appended.
 
     Returns its output before the ReLU, as do the other units here.
     """
@@ -27,13 +25,13 @@ class UnitV1(nn.Module):
         super().__init__()
         self.stride = stride
         made = channels - in_channels if stride == 2 else channels
-        self.groups = 1 if in_channels == STEM else groups  # the stem is too narrow to be grouped (section 3.2)
+        self.groups = 1 if in_channels == STEM else groups  # the stem is too narrow to be grouped (table 1)
         self.reduce = conv_bn(in_channels, made // 4, 1, groups=self.groups)
         self.depthwise = conv_bn(made // 4, made // 4, 3, stride, groups=made // 4)
         self.expand = conv_bn(made // 4, made, 1, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = shuffle(F.relu(self.reduce(x)), self.groups)
+        out = F.channel_shuffle(F.relu(self.reduce(x)), self.groups)
         out = self.expand(F.relu(self.depthwise(out)))
         return out + x if self.stride == 1 else torch.cat((out, F.avg_pool2d(x, 3, stride=2, padding=1)), 1)
 
@@ -51,7 +49,7 @@ class DownUnitV2(nn.Module):
         self.right = nn.Sequential(conv_bn(half, half, 3, stride=2, groups=half), conv_bn(half, half, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return shuffle(torch.cat((self.left(x), self.right(F.relu(self.reduce(x)))), 1), 2)
+        return F.channel_shuffle(torch.cat((self.left(x), self.right(F.relu(self.reduce(x)))), 1), 2)
 
 
 class UnitV2(nn.Module):
@@ -65,7 +63,7 @@ class UnitV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kept, changed = x.chunk(2, 1)  # `kept` is not negative, so that the stage's ReLU leaves it alone
-        return shuffle(torch.cat((kept, self.right(F.relu(self.reduce(changed)))), 1), 2)
+        return F.channel_shuffle(torch.cat((kept, self.right(F.relu(self.reduce(changed)))), 1), 2)
 
 
 class ShuffleNet(Network):
@@ -97,7 +95,7 @@ def shufflenetv1(num_classes: int, in_channels: int = 3) -> ShuffleNet:
     groups, widths = 3, (STEM, 240, 480, 960)
     stages = [
         Stage(UnitV1(before, after, 2, groups), *(UnitV1(after, after, 1, groups) for _ in range(units - 1)))
-        for before, after, units in zip(widths, widths[1:], (4, 8, 4), strict=False)
+        for (before, after), units in zip(pairwise(widths), (4, 8, 4), strict=True)
     ]
     return ShuffleNet(stages, widths[-1], None, num_classes, in_channels)
 
@@ -107,6 +105,6 @@ def shufflenetv2(num_classes: int, in_channels: int = 3) -> ShuffleNet:
     widths = (STEM, 116, 232, 464)
     stages = [
         Stage(DownUnitV2(before, after), *(UnitV2(after) for _ in range(units - 1)))
-        for before, after, units in zip(widths, widths[1:], (4, 8, 4), strict=False)
+        for (before, after), units in zip(pairwise(widths), (4, 8, 4), strict=True)
     ]
     return ShuffleNet(stages, widths[-1], 1024, num_classes, in_channels)

@@ -1,5 +1,7 @@
 """Wide ResNets: Zagoruyko & Komodakis, "Wide Residual Networks", BMVC 2016 (pre-activation blocks, no dropout)."""
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -7,7 +9,7 @@ from cv.models.features import Features, Network, conv, he_init
 
 
 class PreactBlock(nn.Module):
-    """Two 3x3 convolutions, each after batch norm and ReLU; a shortcut that changes the shape starts after the first."""
+    """Two 3x3 convolutions, each after batch norm and ReLU; a shortcut that changes shape starts after the first."""
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
@@ -18,7 +20,7 @@ class PreactBlock(nn.Module):
         self.shortcut = None if in_channels == channels else conv(in_channels, channels, 1, stride)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The output, and x after `bn1` with and without its ReLU: what the layer before this block is read by."""
+        """The output, and x after `bn1` with and without its ReLU: the latter two show the layer before."""
         preact = self.bn1(x)
         activated = F.relu(preact)
         out = self.conv2(F.relu(self.bn2(self.conv1(activated))))
@@ -37,7 +39,7 @@ class WideResNet(Network):
         channels = (16, 16 * width, 32 * width, 64 * width)
         self.conv1 = conv(in_channels, channels[0], 3)
         self.stages = nn.ModuleList()
-        for before, after, stride in zip(channels, channels[1:], (1, 2, 2), strict=False):
+        for (before, after), stride in zip(pairwise(channels), (1, 2, 2), strict=True):
             first = PreactBlock(before, after, stride)
             self.stages.append(nn.ModuleList([first, *(PreactBlock(after, after, 1) for _ in range(blocks - 1))]))
         self.bn = nn.BatchNorm2d(channels[-1])

@@ -1,0 +1,161 @@
+"""A trained network as files that need no pickle: safetensors with a JSON description, and ONNX."""
+
+import copy
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from common.errors import UserError
+from cv.models import Network, build_model
+
+NEEDED = ("architecture", "num_classes", "in_channels")
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+ONNX_TOLERANCE = 1e-4
+
+
+def save_model(model: Network, name: str, folder: str | Path, **metadata: Any) -> None:
+    """Write `folder`/model.safetensors and `folder`/model.json; each file is complete or not there.
+
+    name: the network's name in `cv.models.MODELS`. metadata: what else belongs into the JSON, as plain values, arrays
+    or tensors; the customary keys are image_size (pixels), mean and std (per channel, of images in [0, 1]), class_names
+    and accuracy (percent). num_classes and in_channels are read from the model.
+    Raises ValueError if the model is not the network `name`, or if metadata contradicts it.
+    """
+    state = model.state_dict()
+    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    facts = {"architecture": name, "num_classes": model.classifier.out_features, "in_channels": stem.in_channels}
+    if difference := _difference(_expected_shapes(facts), {key: value.shape for key, value in state.items()}):
+        raise ValueError(f"the model is not a {name}: {difference}")
+    for key, length in (("mean", "in_channels"), ("std", "in_channels"), ("class_names", "num_classes")):
+        if metadata.get(key) is not None and len(metadata[key]) != facts[length]:
+            raise ValueError(f"{key} has {len(metadata[key])} entries, but {length} is {facts[length]}")
+    for key in NEEDED:
+        if key in metadata and metadata[key] != facts[key]:
+            raise ValueError(f"{key} is {facts[key]!r} in the model, but {metadata[key]!r} was given")
+    description = json.dumps(facts | metadata, indent=2, ensure_ascii=False, default=lambda value: value.tolist())
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_aside(folder / "model.safetensors", lambda path: path.write_bytes(save(tensors, {"format": "pt"})))
+    _write_aside(folder / "model.json", lambda path: path.write_text(description + "\n", encoding="utf-8"))
+
+
+def load_model(path: str | Path) -> tuple[Network, dict[str, Any]]:
+    """Read what `save_model` wrote: the network in eval mode on the CPU, and everything that its JSON says.
+
+    path: the folder, or a JSON file whose weights lie beside it under the same name with the suffix .safetensors.
+    Raises UserError for missing or broken files, an unknown architecture and weights that do not fit it.
+    """
+    path = Path(path)
+    description = path / "model.json" if path.is_dir() else path
+    weights = description.with_suffix(".safetensors")
+    for file in (description, weights):
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; a saved network is a model.json with a model.safetensors beside it")
+    try:
+        info = json.loads(description.read_text(encoding="utf-8"))
+    except ValueError as error:  # malformed JSON or not UTF-8
+        raise UserError(f"{description}: not a JSON file: {error}") from None
+    for key in NEEDED:
+        if not isinstance(info, dict) or key not in info:
+            raise UserError(f"{description}: key {key!r} is missing; needed are {', '.join(NEEDED)}")
+    try:
+        state = load_file(weights)
+    except SafetensorError as error:
+        raise UserError(f"{weights}: not a safetensors file: {error}") from None
+    try:
+        expected = _expected_shapes(info)
+    except UserError as error:
+        raise UserError(f"{description}: {error}") from None
+    if difference := _difference(expected, {key: value.shape for key, value in state.items()}):
+        raise UserError(f"{weights}: does not fit {info['architecture']} in {description}: {difference}")
+    model = build_model(*(info[key] for key in NEEDED))
+    model.load_state_dict(state)
+    return model.eval(), info
+
+
+def export_onnx(model: nn.Module, folder: str | Path, image_size: int, in_channels: int) -> float:
+    """Write `folder`/model.onnx and return how far its logits are from torch's (largest absolute difference).
+
+    Input "images": (batch, in_channels, image_size, image_size), float32, normalised as in training; output "logits":
+    (batch, num_classes); any batch size. The model is exported in eval mode on the CPU and left as it was.
+    Raises UserError if a package is missing, RuntimeError (and writes nothing) if ONNX Runtime differs by 1e-4 or more.
+    """
+    if missing := [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]:
+        install = f"pip install {' '.join(ONNX_PACKAGES)}"
+        raise UserError(f"exporting to ONNX needs {', '.join(missing)}, which cannot be imported; {install}")
+    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(5, in_channels, image_size, image_size, generator=generator)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    difference = 0.0
+
+    def write(path: Path) -> None:
+        nonlocal difference
+        torch.onnx.export(
+            model,
+            (images[:2],),
+            path,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        difference = _onnx_difference(model, path, images)
+        if not difference < ONNX_TOLERANCE:  # also true for NaN
+            raise RuntimeError(
+                f"ONNX Runtime's logits differ from torch's by {difference:.2e}, {ONNX_TOLERANCE} or more"
+            )
+
+    _write_aside(folder / "model.onnx", write)
+    return difference
+
+
+@torch.no_grad()
+def _onnx_difference(model: nn.Module, path: Path, images: torch.Tensor) -> float:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    difference = 0.0
+    for batch in (images[:1], images):  # neither is the batch size that was traced
+        (logits,) = session.run(None, {"images": batch.numpy()})
+        difference = max(difference, (torch.from_numpy(logits) - model(batch)).abs().max().item())
+    return difference
+
+
+def _expected_shapes(facts: dict[str, Any]) -> dict[str, torch.Size]:
+    """Names and shapes of the state of the network that `facts` describe, without allocating it."""
+    with torch.device("meta"):
+        return {key: value.shape for key, value in build_model(*(facts[key] for key in NEEDED)).state_dict().items()}
+
+
+def _difference(expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> str:
+    """The first disagreement between two states in words; empty if there is none."""
+    for key, shape in expected.items():
+        if key not in found:
+            return f"{key} is missing"
+        if found[key] != shape:
+            return f"{key} has shape {tuple(found[key])}, expected {tuple(shape)}"
+    unexpected = [key for key in found if key not in expected]
+    return f"{unexpected[0]} is not expected" if unexpected else ""
+
+
+def _write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make the file under another name in the same folder, then rename it to `path`."""
+    aside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

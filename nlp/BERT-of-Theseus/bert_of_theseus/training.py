@@ -1,0 +1,241 @@
+"""The transformers Trainer with the DSKD loss added; callbacks that follow the optimizer and keep the record."""
+
+import copy
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+
+from bert_of_theseus.metrics import compute
+from bert_of_theseus.modeling import TheseusModel, encoder_layers
+from bert_of_theseus.tasks import Task
+from common.errors import UserError
+from common.record import RunRecord
+from common.svd_loss import DirectionSensitivityLoss
+
+METHOD_STATE = "dskd_state.pt"
+
+
+class DistillationTrainer(Trainer):
+    """Trainer whose training loss is the task's plus `lambda_size` times DSKD's; logs both parts.
+
+    Args:
+        dskd: the loss, or None.
+        lambda_size: its weight.
+        trainer_arguments: those of `transformers.Trainer`.
+    """
+
+    def __init__(self, *, dskd: DirectionSensitivityLoss | None = None, lambda_size: float = 0.0, **trainer_arguments):
+        super().__init__(**trainer_arguments)
+        self.model_accepts_loss_kwargs = False  # losses are means over the batch: divide them when accumulating
+        self.dskd, self.lambda_size = dskd, lambda_size
+        self.examples_seen = 0
+        self.evaluation_seconds = 0.0
+        self._sums: dict[str, torch.Tensor] = {}
+        self._summed = 0
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_):
+        outputs = model(**inputs)
+        loss = outputs["loss"]
+        if model.training:
+            parts = {"task_loss": loss.detach()}
+            if self.dskd is not None:
+                alignment = self.dskd()
+                loss = loss + self.lambda_size * alignment
+                parts["dskd_loss"] = alignment.detach()
+            for name, value in parts.items():  # summed on the device, read when logged
+                self._sums[name] = self._sums.get(name, 0) + value
+            self._summed += 1
+            self.examples_seen += len(inputs["input_ids"]) * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs and self._summed:
+            logs.update({name: (value / self._summed).item() for name, value in self._sums.items()})
+            self._sums, self._summed = {}, 0
+            if self.dskd is not None:
+                effective = self.dskd.effective_directions().values()
+                logs["effective_directions"] = sum(effective) / len(effective)
+            if isinstance(self.model, TheseusModel):
+                logs["replacing_probability"] = self.model.replacing_probability
+        super().log(logs, *args, **kwargs)
+
+    def _evaluate(self, *args, **kwargs):  # evaluations in the midst of training, all sets together
+        start = time.perf_counter()
+        try:
+            return super()._evaluate(*args, **kwargs)
+        finally:
+            self.evaluation_seconds += time.perf_counter() - start
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # what is frozen comes from the predecessor again; from_pretrained's format is for the exported student
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        state = {name: value for name, value in self.model.state_dict().items() if name in trained}
+        super()._save(output_dir, state_dict=state)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        wrong = sorted(trained & set(load_result.missing_keys)) + load_result.unexpected_keys
+        if wrong:
+            raise UserError(f"the checkpoint is of another model: {wrong[0]} does not match")
+
+
+class DSKDCallback(TrainerCallback):
+    """Brackets the optimizer step for DSKD; its state, with the replacing draws', travels with every checkpoint."""
+
+    def __init__(self, dskd: DirectionSensitivityLoss | None, theseus: TheseusModel | None):
+        self.dskd, self.theseus = dskd, theseus
+        self._bracket = ExitStack()
+
+    def on_step_begin(self, args, state, control, **_):
+        if self.theseus is not None:
+            self.theseus.sampled.clear()
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        if self.dskd is not None:
+            skip = self.theseus.unsampled_pairs() if self.theseus is not None else ()
+            progress = min(state.global_step / state.max_steps, 1.0)
+            self._bracket.enter_context(self.dskd.observe(progress, skip))
+
+    def on_optimizer_step(self, args, state, control, **_):
+        self._bracket.close()
+
+    def on_save(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            saved = {
+                "dskd": self.dskd and self.dskd.state_dict(),
+                "draws": self.theseus and self.theseus.generator.get_state(),
+            }
+            torch.save(saved, Path(args.output_dir) / f"checkpoint-{state.global_step}" / METHOD_STATE)
+
+    def load(self, checkpoint: Path) -> None:
+        """Continue from the state in a checkpoint folder."""
+        saved = torch.load(checkpoint / METHOD_STATE, weights_only=True, map_location="cpu")
+        if self.dskd is not None:
+            self.dskd.load_state_dict(saved["dskd"])
+        if self.theseus is not None:
+            self.theseus.generator.set_state(saved["draws"])
+
+
+class ReplacingCallback(TrainerCallback):
+    """Sets the replacing probability at the start of every step."""
+
+    def __init__(self, theseus: TheseusModel, schedule: Callable[[int], float]):
+        self.theseus, self.schedule = theseus, schedule
+
+    def on_step_begin(self, args, state, control, **_):
+        self.theseus.replacing_probability = self.schedule(state.global_step)
+
+
+class RecordCallback(TrainerCallback):
+    """Copies every log line of the Trainer into the run record."""
+
+    def __init__(self, record: RunRecord):
+        self.record = record
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if state.is_world_process_zero and logs:
+            self.record.log(state.global_step, **logs)
+
+
+class BestStudentCallback(TrainerCallback):
+    """Keeps the student of the best evaluation so far.
+
+    Args:
+        metric: key of the evaluation's metrics to maximise, such as "eval_dev_accuracy".
+        save: called with the metrics when this one has improved.
+    """
+
+    def __init__(self, metric: str, save: Callable[[dict], None]):
+        self.metric, self.save = metric, save
+
+    def on_evaluate(self, args, state, control, metrics=None, **_):
+        if not metrics or self.metric not in metrics:
+            return
+        earlier = [
+            line[self.metric] for line in state.log_history if self.metric in line and line["step"] < state.global_step
+        ]
+        if state.is_world_process_zero and metrics[self.metric] > max(earlier, default=float("-inf")):
+            self.save(metrics)
+
+
+def training_arguments(args, output_dir: Path, **overrides) -> TrainingArguments:
+    """Settings of the Trainer from the command line; `overrides` replace some of them."""
+    use_cpu = not torch.cuda.is_available()
+    evaluate = args.do_train and args.evaluate_during_training
+    settings = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": args.per_gpu_train_batch_size,
+        "per_device_eval_batch_size": args.per_gpu_eval_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "learning_rate": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "adam_epsilon": args.adam_epsilon,
+        "max_grad_norm": args.max_grad_norm,
+        "warmup_steps": args.warmup_steps,
+        "num_train_epochs": args.num_train_epochs,
+        "max_steps": args.max_steps or -1,
+        "seed": args.seed,
+        "fp16": args.fp16,
+        "bf16": args.bf16,
+        "use_cpu": use_cpu,
+        "ddp_backend": "gloo" if use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+        "ddp_find_unused_parameters": False,
+        "logging_steps": args.logging_steps,
+        "logging_nan_inf_filter": False,  # a loss that is not finite is shown as such
+        "eval_strategy": "steps" if evaluate else "no",
+        "eval_steps": (args.eval_steps or args.save_steps) if evaluate else None,
+        "save_steps": args.save_steps,
+        "save_total_limit": args.save_total_limit,
+        "report_to": [] if args.report_to == "none" else [args.report_to],
+        "disable_tqdm": args.disable_tqdm,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "dataloader_pin_memory": not use_cpu,
+    }
+    if not args.pad_to_max_length:
+        names = {field.name for field in dataclasses.fields(TrainingArguments)}
+        by_length = {"train_sampling_strategy": "group_by_length"}  # transformers 5; before, group_by_length
+        settings.update(by_length if "train_sampling_strategy" in names else {"group_by_length": True})
+    return TrainingArguments(**{**settings, **overrides})
+
+
+def collator(tokenizer) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+    """Pads a batch to its longest example and leaves out what is no input of the model."""
+    pad = DataCollatorWithPadding(tokenizer)
+    return lambda items: pad([{key: value for key, value in item.items() if key != "length"} for item in items])
+
+
+def metrics_function(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
+    """`compute_metrics` of the Trainer for a task."""
+    return lambda prediction: compute(task, first_output(prediction.predictions), prediction.label_ids)
+
+
+def first_output(predictions):
+    """The logits: models may return more beside them."""
+    return predictions[0] if isinstance(predictions, tuple) else predictions
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile every encoder layer by itself: the random choice among layers stays outside of the compiled code."""
+    for layer in encoder_layers(model.model if isinstance(model, TheseusModel) else model):
+        for block in [*layer.predecessors, layer.successor] if hasattr(layer, "successor") else [layer]:
+            block.compile(dynamic=True)
+
+
+def save_student(student: nn.Module, tokenizer, folder: Path, card: str) -> None:
+    """Write a plain transformers checkpoint with tokenizer and model card, aside and then renamed into place."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    copy.deepcopy(student).to("cpu", torch.float32).save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    (aside / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)

@@ -1,0 +1,23 @@
+"""Compress a BERT on a GLUE task by module replacing, with or without DSKD; `--help` explains every flag."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bert_of_theseus.arguments import parse_arguments
+from common.errors import run_cli
+
+
+def main() -> None:
+    args = parse_arguments(sys.argv[1:])
+    from common.torchvision_repair import repair_torchvision
+
+    repair_torchvision()
+    from bert_of_theseus.pipeline import run
+
+    run(args)
+
+
+if __name__ == "__main__":
+    run_cli(main)

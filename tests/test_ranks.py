@@ -1,0 +1,90 @@
+"""Two processes share the work of a refresh and end with the same bits, those of one process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from common.ranks import exchange, share
+from common.svd_loss import BASES, DirectionSensitivityLoss
+
+# three pairs of one shape (a share each and one over), one alone (a rank without a share), and a transposed one
+SHAPES = {"a": (6, 4), "b": (6, 4), "c": (4, 6), "alone": (5, 5), "conv": (3, 2, 2, 2)}
+
+
+def run(basis: str) -> dict[str, Tensor]:
+    """Five steps with refreshes after 2 and 4, the latter skipping a pair; all numbers that ranks must share."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(shape) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    students = {name: nn.Parameter(draw(shape)) for name, shape in SHAPES.items()}
+    pairs = [(name, weight, draw(weight.shape)) for name, weight in students.items()]
+    dskd = DirectionSensitivityLoss(pairs, rank=3, svd_steps=2, basis=basis)
+    optimizer = torch.optim.SGD(students.values(), lr=0.05)
+    numbers = {}
+    for step in range(5):
+        optimizer.zero_grad()
+        loss = dskd()
+        task = sum((weight * draw(weight.shape) - 1).square().sum() for weight in students.values())
+        (task + loss).backward()
+        numbers[f"loss {step}"] = loss.detach()
+        with dskd.observe(progress=step / 5, skip=["b"] if step == 3 else []):
+            optimizer.step()
+    gradients = torch.autograd.grad(dskd(), list(students.values()))
+    for name, weight, gradient in zip(students, students.values(), gradients, strict=True):
+        numbers |= {f"{name}": weight.detach(), f"{name} gradient": gradient}
+    return numbers | {f"{name} directions": row.clone() for name, row in dskd.direction_weights().items()}
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for basis in BASES:
+        torch.save(run(basis), f"{folder}/{basis}{rank}.pt")
+    shared = {"share": share(range(5)), "exchange": exchange(torch.tensor([1.0 + rank, 10.0]).expand(2, 2).mT)}
+    torch.save(shared, f"{folder}/shared{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, args=(str(folder),), nprocs=2)
+    return folder
+
+
+def load(folder: Path, name: str) -> dict:
+    return torch.load(folder / f"{name}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_ranks_end_with_the_same_bits(two_ranks, basis):
+    first, second = load(two_ranks, f"{basis}0"), load(two_ranks, f"{basis}1")
+    assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_ranks_give_the_result_of_one_process(two_ranks, basis):
+    torch.testing.assert_close(load(two_ranks, f"{basis}0"), run(basis), rtol=1e-6, atol=1e-6)
+
+
+def test_ranks_take_every_second_item(two_ranks):
+    assert [load(two_ranks, f"shared{rank}")["share"] for rank in range(2)] == [[0, 2, 4], [1, 3]]
+
+
+def test_ranks_exchange_their_sum(two_ranks):
+    for rank in range(2):
+        assert load(two_ranks, f"shared{rank}")["exchange"].tolist() == [[3.0, 3.0], [20.0, 20.0]]
+
+
+def test_one_process_takes_everything():
+    assert share([4, 7, 9]) == [4, 7, 9]
+
+
+def test_one_process_exchanges_nothing():
+    assert exchange(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
