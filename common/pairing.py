@@ -1,5 +1,6 @@
 """Which student layer stands beside which teacher layer, and the weight pairs that follow from it."""
 
+import re
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -66,6 +67,28 @@ def pair_weights(
     if not pairs:
         raise UserError("no layer pair of equal shapes is left for DSKD")
     return pairs
+
+
+def expand_patterns(student: nn.Module, patterns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Layer names from (student pattern, teacher pattern): each "*" of the teacher's takes what the student's matched.
+
+    ("stages.*.0.conv1", "stages.*.4.conv1") pairs that block of every stage. A name without "*" stands for itself.
+
+    Raises:
+        UserError: a pattern that matches no layer of the student, or two patterns with unequal numbers of "*".
+    """
+    names = []
+    for student_pattern, teacher_pattern in patterns:
+        if student_pattern.count("*") != teacher_pattern.count("*"):
+            raise UserError(f"layer patterns {student_pattern!r} and {teacher_pattern!r} differ in their number of *")
+        expression = re.compile(re.escape(student_pattern).replace(r"\*", "([^.]+)"))
+        matches = [match for name, _ in student.named_modules() if (match := expression.fullmatch(name))]
+        if not matches:
+            raise UserError(f"the student has no layer {student_pattern!r}")
+        for match in matches:
+            filled = teacher_pattern.replace("*", "{}").format(*match.groups())
+            names.append((match.group(), filled))
+    return names
 
 
 def linear_names(layer: nn.Module) -> list[str]:

@@ -3,8 +3,6 @@
 import copy
 import importlib.util
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from common.errors import UserError
+from common.files import write_aside, write_text
 from cv.models import Network, build_model
 
 NEEDED = ("architecture", "num_classes", "in_channels")
@@ -43,9 +42,8 @@ def save_model(model: Network, name: str, folder: str | Path, **metadata: Any) -
     description = json.dumps(facts | metadata, indent=2, ensure_ascii=False, default=lambda value: value.tolist())
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_aside(folder / "model.safetensors", lambda path: path.write_bytes(save(tensors, {"format": "pt"})))
-    _write_aside(folder / "model.json", lambda path: path.write_text(description + "\n", encoding="utf-8"))
+    write_aside(folder / "model.safetensors", lambda path: path.write_bytes(save(tensors, {"format": "pt"})))
+    write_text(folder / "model.json", description + "\n")
 
 
 def load_model(path: str | Path) -> tuple[Network, dict[str, Any]]:
@@ -95,8 +93,6 @@ def export_onnx(model: nn.Module, folder: str | Path, image_size: int, in_channe
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(5, in_channels, image_size, image_size, generator=generator)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     difference = 0.0
 
     def write(path: Path) -> None:
@@ -118,7 +114,7 @@ def export_onnx(model: nn.Module, folder: str | Path, image_size: int, in_channe
                 f"ONNX Runtime's logits differ from torch's by {difference:.2e}, {ONNX_TOLERANCE} or more"
             )
 
-    _write_aside(folder / "model.onnx", write)
+    write_aside(Path(folder) / "model.onnx", write)
     return difference
 
 
@@ -149,13 +145,3 @@ def _difference(expected: dict[str, torch.Size], found: dict[str, torch.Size]) -
             return f"{key} has shape {tuple(found[key])}, expected {tuple(shape)}"
     unexpected = [key for key in found if key not in expected]
     return f"{unexpected[0]} is not expected" if unexpected else ""
-
-
-def _write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make the file under another name in the same folder, then rename it to `path`."""
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

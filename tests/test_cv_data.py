@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import pickle
+import shutil
+import urllib.request
 from collections import Counter
 from pathlib import Path
 from urllib.error import URLError
@@ -374,6 +376,14 @@ def test_official_cifar_pickles_round_trip(tmp_path, monkeypatch, given):
     assert data.classes[3] == "class 3"
     assert (data.mean, data.std) == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
     assert data.augment == Augment(4, flip=True)
+
+
+def test_the_official_archive_is_unpacked_without_a_download(tmp_path, monkeypatch):
+    train, _ = write_cifar100_pickles(tmp_path / "made", monkeypatch)
+    archive = Path(shutil.make_archive(tmp_path / "cifar-100-python", "gztar", tmp_path / "made"))
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("download"))
+    assert torch.equal(load_dataset("cifar100", tmp_path).train.images, to_tensor(train))
 
 
 def test_a_pickle_with_another_checksum_is_never_read(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +12,10 @@ from common.errors import UserError
 from common.torchvision_repair import repair_torchvision
 from cv.data.decode import decode_images
 from cv.data.image_set import ImageSet
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import torchvision
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def read_cifar(variant: CifarVariant, root: Path) -> tuple[ImageSet, ImageSet, l
     return _from_torchvision(train, variant), _from_torchvision(test, variant), list(train.classes)
 
 
-def _from_torchvision(dataset, variant: CifarVariant) -> ImageSet:
+def _from_torchvision(dataset: "torchvision.datasets.CIFAR10", variant: CifarVariant) -> ImageSet:
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     return ImageSet(images, torch.tensor(dataset.targets), variant.num_classes)
 
@@ -166,7 +171,7 @@ def _pick(file: Path, columns: list[str], wanted: tuple[str, ...], what: str) ->
     raise UserError(f"{file}: no {what} column {' or '.join(wanted)}; the file has {', '.join(columns)}")
 
 
-def _class_names(variant: CifarVariant, file: Path, schema, label_column: str) -> list[str] | None:
+def _class_names(variant: CifarVariant, file: Path, schema: "pa.Schema", label_column: str) -> list[str] | None:
     recorded = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     names = recorded.get("info", {}).get("features", {}).get(label_column, {}).get("names")
     if names is not None and len(names) != variant.num_classes:

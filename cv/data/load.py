@@ -29,8 +29,8 @@ def load_dataset(name: str, root: str | Path, *, image_size: int | None = None, 
 
     name: cifar100, cifar10 (layouts: `read_cifar`), tiny-imagenet, folder (layouts: cv/data/folders.py) or digits (root
     is not looked at). image_size: side in pixels that all images are brought to; None keeps their own, which must be
-    one. subset: train on that many images only, a fixed balanced choice (`balanced_subset`). Mean and standard deviation
-    are the customary constants for CIFAR, else those of all training images. Any bad input is a `UserError`.
+    one. subset: train on that many images only, a fixed balanced choice (`balanced_subset`). Mean and standard
+    deviation are the customary constants for CIFAR, else those of all training images. Any bad input is a `UserError`.
     """
     if name not in READERS:
         raise UserError(f"data set {name!r}: unknown; choose from {', '.join(READERS)}")

@@ -1,5 +1,5 @@
 """Contrastive representation distillation (Tian, Krishnan and Isola, ICLR 2020, "Contrastive Representation
-Distillation", Sec. 3.1 and the memory buffer of Sec. 3.4)."""
+Distillation", Sec. 3.1, with its memory buffer of all training images' embeddings)."""
 
 import math
 
@@ -44,8 +44,8 @@ def gather_ranks(tensor: Tensor) -> Tensor:
 class Bank(nn.Module):
     """One embedding of unit length per training image, and the scores' normaliser; both persist in the state.
 
-    The normaliser (num_train times the first batch's mean score) follows the authors' released code, whose results
-    the tables quote; the paper's formula has none.
+    The normaliser (num_train times the first batch's mean score) follows the authors' released code; the
+    paper's formula has none.
     """
 
     def __init__(self, num_train: int, dim: int) -> None:

@@ -9,7 +9,8 @@ _ONLY_WITH_DSKD = ("lambda_size", "rank_size", "svd_steps", "grad_steps", "basis
 _ONLY_WITH_THESEUS = ("replacing_rate", "scheduler_type", "scheduler_linear_k", "steps_for_replacing")
 _ONLY_WITH_PREDECESSOR = ("predecessor_num_train_epochs", "predecessor_learning_rate")
 _ONLY_WITH_CUSTOM = ("train_file", "dev_file", "test_file", "text_columns", "label_column", "regression")
-_ONLY_WITH_TRAINING = ("finetune_predecessor", "if_svd", "evaluate_during_training", "selection_split", "resume")
+_TRAINING_GROUPS = ("method", "DSKD", "training", "evaluation, checkpoints and logs")
+_ALSO_WITHOUT_TRAINING = ("per_gpu_eval_batch_size", "seed", "fp16", "bf16", "disable_tqdm")
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -178,7 +179,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     else:
         refuse(_ONLY_WITH_CUSTOM, "needs --task_name custom")
     if not args.do_train:
-        refuse(_ONLY_WITH_TRAINING, "needs --do_train")
+        groups = [group for group in parser._action_groups if group.title in _TRAINING_GROUPS]
+        names = [action.dest for group in groups for action in group._group_actions]
+        names = [name for name in names if name not in _ALSO_WITHOUT_TRAINING]
+        refuse(("resume", "overwrite_output_dir", *names), "needs --do_train")
+    if not args.do_eval:
+        refuse(("dev_file",), "needs --do_eval")
+    if not args.do_predict:
+        refuse(("test_file",), "needs --do_predict")
+    if not (args.do_eval or args.do_predict):
+        refuse(("per_gpu_eval_batch_size",), "needs --do_eval or --do_predict")
     if not args.if_svd:
         refuse(_ONLY_WITH_DSKD, "needs --ifsvd")
     if args.method != "theseus":

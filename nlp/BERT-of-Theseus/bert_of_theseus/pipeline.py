@@ -1,14 +1,13 @@
 """One run from data to result: load, fine-tune the predecessor if asked, compress, evaluate, predict, export."""
 
 import argparse
+import json
 import shutil
-import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from bert_of_theseus.data import load_task_data, selection_split, tokenize
@@ -26,18 +25,23 @@ from bert_of_theseus.training import (
     collator,
     compile_layers,
     first_output,
+    last_checkpoint,
     metrics_function,
     save_student,
     training_arguments,
 )
 from common.errors import UserError
 from common.files import write_json
+from common.pairing import last_of_group
 from common.record import RunRecord
 from common.svd_loss import DirectionSensitivityLoss
 
 # what a run writes, and what --overwrite_output_dir therefore may remove
 _WRITTEN = ("checkpoint-*", "student", "student_best", "predecessor", "predictions", "runs", "metrics.jsonl")
 _WRITTEN += ("config.json", "result.json", "evaluation.json")
+# what a resumed run may be given otherwise than the run that it continues
+_FREE_ON_RESUME = ("resume", "overwrite_output_dir", "output_dir", "data_dir", "cache_dir", "do_predict", "test_file")
+_FREE_ON_RESUME += ("per_gpu_eval_batch_size", "save_total_limit", "report_to", "disable_tqdm", "torch_compile")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -112,7 +116,9 @@ def _load_model(args: argparse.Namespace, task: Task):
             f"--model_name_or_path {name} cannot be loaded: {reason} Give a folder with config.json, "
             "model.safetensors and a tokenizer, or a hub name that can be downloaded."
         ) from error
-    encoder_layers(model)  # refuses what has no stack of layers
+    if args.do_lower_case and tokenizer.tokenize("Read THE Text") != tokenizer.tokenize("read the text"):
+        raise UserError(f"--do_lower_case has no effect on the tokenizer of {name}, which tells cases apart")
+    _check_layers(args, len(encoder_layers(model)))
     fresh = [key for key in loading["missing_keys"] if key.startswith("classifier")]
     trains_classifier = args.finetune_predecessor or (args.do_train and args.method == "finetune")
     if fresh and not trains_classifier:
@@ -121,7 +127,24 @@ def _load_model(args: argparse.Namespace, task: Task):
             "nothing to compress yet; --finetune_predecessor trains it first",
             flush=True,
         )
-    return tokenizer, model
+    return tokenizer, model.float()  # a checkpoint in half precision would otherwise be trained in it
+
+
+def _check_layers(args: argparse.Namespace, layers: int) -> None:
+    count = args.num_successor_layers
+    if not args.do_train or (args.method == "finetune" and not count):
+        return
+    if args.method == "theseus" or args.if_svd:
+        try:
+            last_of_group(layers, count or _half(layers))
+        except UserError as error:
+            raise UserError(f"--num_successor_layers: {error}") from None
+    elif count > layers:
+        raise UserError(f"--num_successor_layers {count}: the model has {layers} layers")
+
+
+def _half(layers: int) -> int:
+    return max(layers // 2, 1)
 
 
 def _max_length(args: argparse.Namespace, model) -> int:
@@ -137,6 +160,10 @@ def _check_folder(folder: Path, args: argparse.Namespace) -> None:
     if args.resume:
         if not (folder / "config.json").exists():
             raise UserError(f"--resume: there is no run in {folder} to continue")
+        before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for name, value in vars(args).items():
+            if name not in _FREE_ON_RESUME and value != before.get(name):
+                raise UserError(f"--resume: the run in {folder} has {name} {before.get(name)}, not {value}")
     elif args.do_train and not args.overwrite_output_dir and folder.exists() and any(folder.iterdir()):
         raise UserError(f"--output_dir {folder} is in use; give another, --overwrite_output_dir or --resume")
 
@@ -194,7 +221,7 @@ def _finetune_predecessor(args, task, tokenizer, model, datasets, folder: Path):
 def _build_student(args, model):
     """(what the Trainer trains, weight pairs for DSKD or None)."""
     if args.method == "theseus":
-        count = args.num_successor_layers or max(len(encoder_layers(model)) // 2, 1)
+        count = args.num_successor_layers or _half(len(encoder_layers(model)))
         theseus = TheseusModel(model, count, seed=args.seed)
         return theseus, theseus.pairs()
     if not args.num_successor_layers:
@@ -219,7 +246,7 @@ def _train(args, task, tokenizer, model, datasets):
     trainer = _trainer(
         args, task, tokenizer, student, datasets, setup, dskd=dskd, lambda_size=args.lambda_size if dskd else 0.0
     )
-    following = DSKDCallback(dskd, theseus)
+    following = DSKDCallback(dskd, theseus, trainer.totals)
     trainer.add_callback(following)
     if theseus is not None:
         schedule = replacing_schedule(
@@ -227,12 +254,12 @@ def _train(args, task, tokenizer, model, datasets):
         )
         trainer.add_callback(ReplacingCallback(theseus, schedule))
 
-    checkpoint = get_last_checkpoint(output_dir) if args.resume else None
+    checkpoint = last_checkpoint(output_dir) if args.resume else None
     if checkpoint:
-        following.load(Path(checkpoint))
+        following.load(checkpoint)
     record = None
     if setup.process_index == 0:
-        step = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else None
+        step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else None
         record = RunRecord(output_dir, vars(args), resume_step=step)
         trainer.add_callback(RecordCallback(record))
     best_on = f"eval_{'selection' if args.selection_split else task.dev_sets[0]}_{primary(task)}"
@@ -250,10 +277,8 @@ def _train(args, task, tokenizer, model, datasets):
 
     layers = len(encoder_layers(plain()))
     print(f"training: {_method_in_words(args, plain())}", flush=True)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - start
-    training_seconds = seconds - trainer.evaluation_seconds
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    totals = trainer.totals
     history = [line for line in trainer.state.log_history if best_on in line]
     if args.do_eval and not (history and history[-1]["step"] == trainer.state.global_step):
         trainer.evaluate()
@@ -280,8 +305,8 @@ def _train(args, task, tokenizer, model, datasets):
         layers=layers,
         parameters=sum(p.numel() for p in plain().parameters()),
         steps=trainer.state.global_step,
-        wall_seconds=seconds,
-        throughput=trainer.examples_seen / training_seconds,
+        wall_seconds=totals["seconds"],
+        throughput=totals["examples"] / (totals["seconds"] - totals["evaluation_seconds"]),
         throughput_unit="examples/s",
     )
     if args.do_eval:

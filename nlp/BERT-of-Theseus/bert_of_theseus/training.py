@@ -17,10 +17,17 @@ from bert_of_theseus.metrics import compute
 from bert_of_theseus.modeling import TheseusModel, encoder_layers
 from bert_of_theseus.tasks import Task
 from common.errors import UserError
+from common.files import write_aside
 from common.record import RunRecord
 from common.svd_loss import DirectionSensitivityLoss
 
 METHOD_STATE = "dskd_state.pt"
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last complete checkpoint in an output folder; `METHOD_STATE` is written when all else of it has been."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{METHOD_STATE}")]
+    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
 
 
 class DistillationTrainer(Trainer):
@@ -36,8 +43,7 @@ class DistillationTrainer(Trainer):
         super().__init__(**trainer_arguments)
         self.model_accepts_loss_kwargs = False  # losses are means over the batch: divide them when accumulating
         self.dskd, self.lambda_size = dskd, lambda_size
-        self.examples_seen = 0
-        self.evaluation_seconds = 0.0
+        self.totals = {"examples": 0, "seconds": 0.0, "evaluation_seconds": 0.0}  # over all sessions of a resumed run
         self._sums: dict[str, torch.Tensor] = {}
         self._summed = 0
 
@@ -53,7 +59,7 @@ class DistillationTrainer(Trainer):
             for name, value in parts.items():  # summed on the device, read when logged
                 self._sums[name] = self._sums.get(name, 0) + value
             self._summed += 1
-            self.examples_seen += len(inputs["input_ids"]) * self.args.world_size
+            self.totals["examples"] += len(inputs["input_ids"]) * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -72,7 +78,7 @@ class DistillationTrainer(Trainer):
         try:
             return super()._evaluate(*args, **kwargs)
         finally:
-            self.evaluation_seconds += time.perf_counter() - start
+            self.totals["evaluation_seconds"] += time.perf_counter() - start
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # what is frozen comes from the predecessor again; from_pretrained's format is for the exported student
@@ -88,11 +94,23 @@ class DistillationTrainer(Trainer):
 
 
 class DSKDCallback(TrainerCallback):
-    """Brackets the optimizer step for DSKD; its state, with the replacing draws', travels with every checkpoint."""
+    """Brackets the optimizer step for DSKD; its state travels with every checkpoint, as do draws and totals.
 
-    def __init__(self, dskd: DirectionSensitivityLoss | None, theseus: TheseusModel | None):
-        self.dskd, self.theseus = dskd, theseus
+    Args:
+        dskd, theseus: whose state is kept, or None.
+        totals: the trainer's; this adds the seconds of training.
+    """
+
+    def __init__(self, dskd: DirectionSensitivityLoss | None, theseus: TheseusModel | None, totals: dict[str, float]):
+        self.dskd, self.theseus, self.totals = dskd, theseus, totals
         self._bracket = ExitStack()
+        self._since = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **_):
+        self._since = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **_):
+        self._count_seconds()
 
     def on_step_begin(self, args, state, control, **_):
         if self.theseus is not None:
@@ -108,12 +126,15 @@ class DSKDCallback(TrainerCallback):
         self._bracket.close()
 
     def on_save(self, args, state, control, **_):
+        self._count_seconds()
         if state.is_world_process_zero:
             saved = {
                 "dskd": self.dskd and self.dskd.state_dict(),
                 "draws": self.theseus and self.theseus.generator.get_state(),
+                "totals": self.totals,
             }
-            torch.save(saved, Path(args.output_dir) / f"checkpoint-{state.global_step}" / METHOD_STATE)
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / METHOD_STATE
+            write_aside(path, lambda aside: torch.save(saved, aside))
 
     def load(self, checkpoint: Path) -> None:
         """Continue from the state in a checkpoint folder."""
@@ -122,6 +143,12 @@ class DSKDCallback(TrainerCallback):
             self.dskd.load_state_dict(saved["dskd"])
         if self.theseus is not None:
             self.theseus.generator.set_state(saved["draws"])
+        self.totals.update(saved["totals"])
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.totals["seconds"] += now - self._since
+        self._since = now
 
 
 class ReplacingCallback(TrainerCallback):

@@ -1,0 +1,195 @@
+"""Every setting of the vision pipeline, with its default; YAML files and `KEY VALUE` pairs override them."""
+
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+from common.errors import UserError
+from cv.methods import METHODS, method_defaults
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def defaults() -> CfgNode:
+    """The configuration tree with all defaults; each method adds its own block (cv/methods)."""
+    cfg = CfgNode()
+    cfg.OUTPUT_DIR = ""  # where the run writes (str, default outputs/<dataset>/<run name>/seed<seed>)
+
+    cfg.DATASET = CfgNode()
+    cfg.DATASET.NAME = "cifar100"  # cifar100, cifar10, tiny-imagenet, folder or digits (str)
+    cfg.DATASET.ROOT = "data/cifar100"  # its folder; CIFAR is downloaded there if it is empty (str)
+    cfg.DATASET.IMAGE_SIZE = 0  # side in pixels that all images are resized to (int, 0: as they are)
+    cfg.DATASET.SUBSET = 0  # train on so many images only, a fixed class-balanced choice (int, 0: all)
+    cfg.DATASET.AUGMENT = True  # random crop with zero padding and, except for digits, flip (bool)
+
+    cfg.DISTILLER = CfgNode()
+    cfg.DISTILLER.TYPE = "vanilla"  # method: vanilla trains the student alone, see cv/methods (str)
+    cfg.DISTILLER.STUDENT = "resnet20"  # network that is trained, see cv/models (str)
+    cfg.DISTILLER.TEACHER = ""  # network that is distilled; unused by vanilla without DSKD (str)
+    cfg.DISTILLER.TEACHER_CKPT = ""  # folder with its model.json and model.safetensors (str, default: found by name)
+
+    cfg.SOLVER = CfgNode()
+    cfg.SOLVER.BATCH_SIZE = 64  # images per optimizer step, over all ranks together (int)
+    cfg.SOLVER.EPOCHS = 240  # passes over the training set (int)
+    cfg.SOLVER.LR = 0.05  # learning rate of SGD at the start (float)
+    cfg.SOLVER.LR_DECAY_STAGES = [150, 180, 210]  # epochs after which the rate is multiplied by LR_DECAY_RATE (list)
+    cfg.SOLVER.LR_DECAY_RATE = 0.1  # factor of a decay (float)
+    cfg.SOLVER.MOMENTUM = 0.9  # of SGD (float)
+    cfg.SOLVER.WEIGHT_DECAY = 5e-4  # of SGD, on every parameter (float)
+    cfg.SOLVER.SEED = 1  # of initialisation, order and augmentation (int)
+    cfg.SOLVER.PRECISION = "fp32"  # fp32, bf16 or fp16 (GPU only) mixed precision (str)
+    cfg.SOLVER.CHANNELS_LAST = True  # NHWC memory layout of images and weights (bool)
+    cfg.SOLVER.COMPILE = False  # torch.compile of student and teacher; pays on long runs (bool)
+
+    cfg.DSKD = CfgNode()
+    cfg.DSKD.ENABLED = False  # add the DSKD loss to the method's (bool)
+    cfg.DSKD.LAMBDA = 0.2  # weight of the DSKD loss (float)
+    cfg.DSKD.RANK = 0  # directions per matrix (int, 0: all)
+    cfg.DSKD.SVD_STEPS = 100  # optimizer steps between choices of directions (int)
+    cfg.DSKD.GRAD_STEPS = 5  # optimizer steps for which an exact gradient is held (int, 1: exact in every step)
+    cfg.DSKD.BASIS = "own"  # own: each network's singular triplets; update: the directions of the update (str)
+    cfg.DSKD.DRIVER = "gram"  # decomposition: gram (eigenvectors of W^T W) or svd (str)
+    cfg.DSKD.PAIRS = []  # [student layer, teacher layer] names, "*" alike in both (list, empty: conv1, conv2 of blocks)
+    cfg.DSKD.SKIP_MISMATCHED = False  # leave out pairs whose shapes differ, instead of refusing them (bool)
+
+    cfg.LOG = CfgNode()
+    cfg.LOG.INTERVAL = 100  # optimizer steps between lines of metrics.jsonl (int)
+    cfg.LOG.TRACKERS = ["tensorboard"]  # besides: tensorboard, wandb, or none with [] (list)
+    cfg.LOG.PROGRESS = True  # progress bar (bool)
+    cfg.LOG.ONNX = False  # export the student to ONNX, too, at the end (bool)
+
+    for name, block in method_defaults().items():
+        cfg[name] = block
+    return cfg
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> CfgNode:
+    """The configuration of a YAML file (its `BASE`, a file beside it, comes first) with `KEY VALUE` pairs on top.
+
+    Args:
+        path: looked up from the working directory, then from the repository's root.
+        overrides: alternating dotted keys and values.
+
+    Raises:
+        UserError: a missing or unreadable file, an unknown key (the nearest valid one is named), a wrong type, a value
+            out of range.
+    """
+    cfg = defaults()
+    _merge_file(cfg, _find(path))
+    if len(overrides) % 2:
+        raise UserError(f"overrides are KEY VALUE pairs; {overrides[-1]!r} has no value")
+    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        _set(cfg, key, value, "command line")
+    _validate(cfg)
+    return cfg
+
+
+def as_dict(cfg: CfgNode) -> dict[str, Any]:
+    """Plain nested dictionaries of a configuration."""
+    return {key: as_dict(value) if isinstance(value, CfgNode) else value for key, value in cfg.items()}
+
+
+def repository_path(path: str) -> Path:
+    """A path as given if it is absolute or exists from the working directory, otherwise from the repository's root."""
+    return Path(path) if Path(path).is_absolute() or Path(path).exists() else ROOT / path
+
+
+def _find(path: str) -> Path:
+    found = repository_path(path)
+    if not found.is_file():
+        raise UserError(f"--cfg {path}: no such file, here or in the repository's root")
+    return found
+
+
+def _merge_file(cfg: CfgNode, path: Path) -> None:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected KEY: value lines")
+    if base := tree.pop("BASE", None):
+        base = path.parent / str(base)
+        if not base.is_file():
+            raise UserError(f"{path}: BASE {base} does not exist")
+        _merge_file(cfg, base)
+    for key, value in _leaves(tree, cfg):
+        _set(cfg, key, value, str(path))
+
+
+def _leaves(tree: dict, cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and isinstance(cfg.get(key), CfgNode):
+            yield from _leaves(value, cfg[key], f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _set(cfg: CfgNode, key: str, value: Any, where: str) -> None:
+    valid = dict(_leaves(as_dict(cfg), cfg))
+    if key not in valid:
+        nearest = get_close_matches(key.upper(), valid, n=1, cutoff=0.5)
+        hint = f"; the nearest is {nearest[0]}" if nearest else ""
+        raise UserError(f"{where}: unknown key {key}{hint}")
+    if isinstance(value, str) and not isinstance(valid[key], str):
+        value = yaml.safe_load(value)
+        # YAML 1.1 reads 5e-4 as a text
+        value = (
+            float(value) if isinstance(value, str) and isinstance(valid[key], float) and _is_number(value) else value
+        )
+    if isinstance(valid[key], float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(valid[key]):
+        raise UserError(
+            f"{where}: {key} must be of type {type(valid[key]).__name__} (such as {valid[key]!r}), got {value!r}"
+        )
+    node = cfg
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = node[parent]
+    node[leaf] = value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _validate(cfg: CfgNode) -> None:
+    solver, dskd = cfg.SOLVER, cfg.DSKD
+    checks = [
+        ("DISTILLER.TYPE", cfg.DISTILLER.TYPE in METHODS, f"one of {', '.join(METHODS)}"),
+        ("DATASET.IMAGE_SIZE", cfg.DATASET.IMAGE_SIZE >= 0, "0 or a side in pixels"),
+        ("DATASET.SUBSET", cfg.DATASET.SUBSET >= 0, "0 or a number of images"),
+        ("SOLVER.BATCH_SIZE", solver.BATCH_SIZE >= 1, "at least 1"),
+        ("SOLVER.EPOCHS", solver.EPOCHS >= 1, "at least 1"),
+        ("SOLVER.LR", solver.LR > 0, "above 0"),
+        ("SOLVER.LR_DECAY_STAGES", all(type(e) is int and e > 0 for e in solver.LR_DECAY_STAGES), "whole epochs"),
+        ("SOLVER.MOMENTUM", 0 <= solver.MOMENTUM < 1, "in [0, 1)"),
+        ("SOLVER.WEIGHT_DECAY", solver.WEIGHT_DECAY >= 0, "at least 0"),
+        ("SOLVER.SEED", solver.SEED >= 0, "at least 0"),
+        ("SOLVER.PRECISION", solver.PRECISION in ("fp32", "bf16", "fp16"), "fp32, bf16 or fp16"),
+        ("DSKD.LAMBDA", dskd.LAMBDA >= 0, "at least 0"),
+        ("DSKD.RANK", dskd.RANK >= 0, "0 (all directions) or a number of directions"),
+        ("DSKD.SVD_STEPS", dskd.SVD_STEPS >= 1, "at least 1"),
+        ("DSKD.GRAD_STEPS", dskd.GRAD_STEPS >= 1, "at least 1"),
+        ("DSKD.BASIS", dskd.BASIS in ("own", "update"), "own or update"),
+        ("DSKD.DRIVER", dskd.DRIVER in ("gram", "svd"), "gram or svd"),
+        ("DSKD.PAIRS", all(_is_pair(pair) for pair in dskd.PAIRS), "a list of [student layer, teacher layer]"),
+        ("LOG.INTERVAL", cfg.LOG.INTERVAL >= 1, "at least 1"),
+    ]
+    values = dict(_leaves(as_dict(cfg), cfg))
+    for key, holds, expected in checks:
+        if not holds:
+            raise UserError(f"{key} = {values[key]!r}: expected {expected}")
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)

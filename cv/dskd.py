@@ -1,0 +1,60 @@
+"""The DSKD loss of a student and teacher network: which layers pair up, and the loss from the configuration."""
+
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from common.errors import UserError
+from common.pairing import expand_patterns, pair_weights, spread_evenly
+from common.svd_loss import DirectionSensitivityLoss
+
+
+def layer_pairs(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> list[tuple[str, Tensor, Tensor]]:
+    """(student layer, its weight, the teacher's weight) by `DSKD.PAIRS` or, if that is empty, block by block."""
+    return pair_weights(
+        student, teacher, layer_map(student, teacher, settings), skip_mismatched=settings.SKIP_MISMATCHED
+    )
+
+
+def layer_map(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> list[tuple[str, str]]:
+    """Names of the paired layers, (student's, teacher's)."""
+    return expand_patterns(student, settings.PAIRS) if settings.PAIRS else block_map(student, teacher)
+
+
+def block_map(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+    """conv1 and conv2 of every residual block, stage by stage, blocks spread over the teacher's (`spread_evenly`).
+
+    Raises:
+        UserError: a network without stages of residual blocks, or with another number of stages.
+    """
+    for role, network in (("student", student), ("teacher", teacher)):
+        blocks = [block for stage in getattr(network, "stages", [()]) for block in stage] or [network]
+        if not all(
+            isinstance(getattr(block, name, None), nn.Conv2d) for block in blocks for name in ("conv1", "conv2")
+        ):
+            raise UserError(
+                f"the {role} {type(network).__name__} has no stages of residual blocks; "
+                "name the layer pairs in DSKD.PAIRS"
+            )
+    if len(student.stages) != len(teacher.stages):
+        raise UserError(
+            f"the student has {len(student.stages)} stages and the teacher {len(teacher.stages)}; "
+            "name the layer pairs in DSKD.PAIRS"
+        )
+    return [
+        (f"stages.{s}.{i}.{name}", f"stages.{s}.{k}.{name}")
+        for s, (ours, theirs) in enumerate(zip(student.stages, teacher.stages, strict=True))
+        for i, k in enumerate(spread_evenly(len(theirs), len(ours)))
+        for name in ("conv1", "conv2")
+    ]
+
+
+def build_dskd(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> DirectionSensitivityLoss:
+    """The loss that `cfg.DSKD` describes."""
+    return DirectionSensitivityLoss(
+        layer_pairs(student, teacher, settings),
+        rank=settings.RANK,
+        svd_steps=settings.SVD_STEPS,
+        basis=settings.BASIS,
+        grad_steps=settings.GRAD_STEPS,
+        driver=settings.DRIVER,
+    )

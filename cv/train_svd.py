@@ -1,0 +1,41 @@
+"""Distil an image classifier, with or without DSKD, as a YAML config says.
+
+    python train_svd.py --cfg configs/cifar100/svd/expkd/res56_res20.yaml [--resume | --overwrite] [KEY VALUE ...]
+
+Every KEY is explained in cv/config.py and in the files under configs/.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.errors import UserError, run_cli
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+def main() -> None:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file, from here or the repository's root")
+    parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR from its checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUTPUT_DIR")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="settings that replace the file's")
+    args = parser.parse_args()
+    if args.resume and args.overwrite:
+        raise UserError("--resume continues the run that --overwrite would replace; give one of them")
+    from common.torchvision_repair import repair_torchvision
+
+    repair_torchvision()
+    from cv.config import load_config
+    from cv.trainer import train
+
+    train(load_config(args.cfg, args.overrides), resume=args.resume, overwrite=args.overwrite)
+
+
+if __name__ == "__main__":
+    run_cli(main)

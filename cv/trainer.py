@@ -1,0 +1,354 @@
+"""One run from data to result: train a student by a method and DSKD, evaluate, checkpoint, export."""
+
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import Tensor, nn
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from common.errors import UserError
+from common.files import write_aside
+from common.record import RunRecord
+from common.svd_loss import DirectionSensitivityLoss
+from cv.config import ROOT, as_dict, repository_path
+from cv.data import DataSets, EpochLoader, load_dataset
+from cv.dskd import build_dskd, layer_map
+from cv.export import export_onnx, save_model
+from cv.methods import METHODS, Distiller, build_distiller
+from cv.models import build_model
+from cv.teachers import load_teacher
+
+EVALUATION_BATCH = 500
+CHECKPOINT = "checkpoint.pt"
+_WRITTEN = (CHECKPOINT, "student", "student_best", "tracking", "config.json", "metrics.jsonl", "result.json")
+
+
+def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
+    """Train as `cfg` says (cv/config.py) and return the contents of result.json (None on ranks other than 0).
+
+    Raises:
+        UserError: bad settings, missing data or teacher, an output folder in use, a loss that is not finite.
+    """
+    solver = cfg.SOLVER
+    cpu = not torch.cuda.is_available()
+    if solver.PRECISION == "fp16" and cpu:
+        raise UserError("SOLVER.PRECISION fp16 needs a GPU; use bf16 or fp32 here")
+    folder = output_folder(cfg)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision={"fp32": "no"}.get(solver.PRECISION, solver.PRECISION),
+        log_with=cfg.LOG.TRACKERS or None,
+        project_dir=folder / "tracking",
+        # every rank keeps its own batch statistics and contrast memories; rank 0's are evaluated and saved
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    _check_folder(folder, resume=resume, overwrite=overwrite)
+    if solver.BATCH_SIZE % accelerator.num_processes:
+        raise UserError(f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} does not divide into {accelerator.num_processes} ranks")
+    data = load_dataset(
+        cfg.DATASET.NAME,
+        repository_path(cfg.DATASET.ROOT),
+        image_size=cfg.DATASET.IMAGE_SIZE or None,
+        subset=cfg.DATASET.SUBSET or None,
+    )
+    set_seed(solver.SEED)
+    distiller, dskd = _build(cfg, data, accelerator)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not resume:
+        for name in _WRITTEN:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    run = _Run(cfg, folder, accelerator, data, distiller, dskd)
+    return run.train(resume)
+
+
+def output_folder(cfg: CfgNode) -> Path:
+    """`OUTPUT_DIR`, or outputs/<dataset>/<run name>/seed<seed> in the repository."""
+    if cfg.OUTPUT_DIR:
+        return Path(cfg.OUTPUT_DIR)
+    distiller = cfg.DISTILLER
+    if distiller.TYPE == "vanilla" and not cfg.DSKD.ENABLED:
+        name = f"vanilla_{distiller.STUDENT}"
+    else:
+        name = f"{distiller.TYPE}_{distiller.TEACHER}_{distiller.STUDENT}" + ("_dskd" if cfg.DSKD.ENABLED else "")
+    return ROOT / "outputs" / cfg.DATASET.NAME / name / f"seed{cfg.SOLVER.SEED}"
+
+
+def evaluate(model: nn.Module, loader: EpochLoader) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent (top-5 of fewer than 5 classes counts all of them)."""
+    model.eval()
+    first = fifth = torch.zeros((), device=loader.device, dtype=torch.int64)
+    with torch.inference_mode():
+        for images, labels, _ in loader.epoch(0):
+            logits = model(images)
+            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            first, fifth = first + hits[:, 0].sum(), fifth + hits.sum()
+    count = len(loader.image_set)
+    return {"top1": 100 * first.item() / count, "top5": 100 * fifth.item() / count}
+
+
+def learning_rate(solver: CfgNode, epoch: int) -> float:
+    """Rate in an epoch (from 1): LR times LR_DECAY_RATE for every stage that lies behind it."""
+    return solver.LR * solver.LR_DECAY_RATE ** sum(epoch > stage for stage in solver.LR_DECAY_STAGES)
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint keeps beside the weights."""
+
+    epoch: int = 0  # epochs done
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # of training, evaluation not counted
+    history: list[dict[str, float]] = field(default_factory=list)  # evaluation of every epoch
+
+
+class _Run:
+    def __init__(
+        self,
+        cfg: CfgNode,
+        folder: Path,
+        accelerator: Accelerator,
+        data: DataSets,
+        distiller: Distiller,
+        dskd: DirectionSensitivityLoss | None,
+    ):
+        self.cfg, self.folder, self.accelerator, self.data = cfg, folder, accelerator, data
+        self.distiller, self.dskd = distiller, dskd
+        solver = cfg.SOLVER
+        common = {
+            "mean": data.mean,
+            "std": data.std,
+            "device": accelerator.device,
+            "seed": solver.SEED,
+            "channels_last": solver.CHANNELS_LAST,
+        }
+        self.loader = EpochLoader(
+            data.train,
+            solver.BATCH_SIZE // accelerator.num_processes,
+            augment=data.augment if cfg.DATASET.AUGMENT else None,
+            shuffle=True,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            **common,
+        )
+        self.test_loader = EpochLoader(data.test, EVALUATION_BATCH, augment=None, shuffle=False, **common)
+        optimizer = torch.optim.SGD(
+            distiller.trainable_parameters(),
+            lr=solver.LR,
+            momentum=solver.MOMENTUM,
+            weight_decay=solver.WEIGHT_DECAY,
+        )
+        self.model, self.optimizer = accelerator.prepare(distiller, optimizer)
+        self.progress = _Progress()
+        self.total_steps = solver.EPOCHS * len(self.loader)
+
+    def train(self, resume: bool) -> dict[str, Any] | None:
+        cfg, progress, main = self.cfg, self.progress, self.accelerator.is_main_process
+        if resume:
+            self._load()
+        self.record = RunRecord(self.folder, as_dict(cfg), progress.step if resume else None) if main else None
+        self.accelerator.init_trackers("run")
+        bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=not (main and cfg.LOG.PROGRESS))
+        start = time.perf_counter()
+        with bar:
+            for epoch in range(progress.epoch + 1, cfg.SOLVER.EPOCHS + 1):
+                self._train_epoch(epoch, bar)
+                if main:
+                    scores = evaluate(self.distiller.student, self.test_loader)
+                    progress.history.append(scores)
+                    self._log(epoch=epoch, **{f"test_{name}": value for name, value in scores.items()})
+                    bar.set_postfix_str(f"epoch {epoch}, top-1 {scores['top1']:.2f}")
+                    if scores["top1"] >= max(line["top1"] for line in progress.history):
+                        self._export("student_best", scores)
+                    progress.epoch = epoch
+                    self._save()
+        self.accelerator.end_training()
+        return self._finish(time.perf_counter() - start) if main else None
+
+    def _train_epoch(self, epoch: int, bar: tqdm) -> None:
+        solver, progress = self.cfg.SOLVER, self.progress
+        rate = learning_rate(solver, epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        self.distiller.epoch.fill_(epoch)
+        start, first_step = time.perf_counter(), progress.step
+        for images, labels, indices in self.loader.epoch(epoch):
+            losses, correct = self._step(images, labels, indices)
+            progress.step += 1
+            bar.update()
+            if progress.step % self.cfg.LOG.INTERVAL == 0 or progress.step == first_step + len(self.loader):
+                values = {name: value.item() for name, value in losses.items()}
+                if not all(abs(value) < float("inf") for value in values.values()):
+                    raise UserError(f"the run diverged in step {progress.step}: {values}; lower SOLVER.LR")
+                seconds = time.perf_counter() - start
+                images_done = (progress.step - first_step) * solver.BATCH_SIZE
+                values |= {"train_top1": 100 * correct.item() / len(labels), "learning_rate": rate}
+                values |= {"images_per_second": images_done / seconds}
+                if self.dskd is not None:
+                    effective = self.dskd.effective_directions().values()
+                    values["effective_directions"] = sum(effective) / len(effective)
+                self._log(**values)
+        progress.seconds += time.perf_counter() - start
+
+    def _step(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """One optimizer step; (losses by name, number of correct predictions), left on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        logits, losses = self.model(images, labels, indices)
+        loss = sum(losses.values())
+        parts = {f"loss_{name}": value.detach() for name, value in losses.items()}
+        if self.dskd is not None:
+            alignment = self.dskd()
+            loss = loss + self.cfg.DSKD.LAMBDA * alignment
+            parts["dskd_loss"] = alignment.detach()
+        self.accelerator.backward(loss)
+        progress = self.progress.step / self.total_steps
+        with self.dskd.observe(progress) if self.dskd is not None else nullcontext():
+            self.optimizer.step()
+        return {"loss": loss.detach(), **parts}, (logits.detach().argmax(1) == labels).sum()
+
+    def _log(self, **values: float) -> None:
+        if self.record is not None:
+            self.record.log(self.progress.step, **values)
+            self.accelerator.log(values, step=self.progress.step)
+
+    def _export(self, name: str, scores: dict[str, float]) -> None:
+        save_model(
+            self.distiller.student,
+            self.cfg.DISTILLER.STUDENT,
+            self.folder / name,
+            image_size=self.data.test.images.shape[-1],
+            mean=list(self.data.mean),
+            std=list(self.data.std),
+            class_names=self.data.classes,
+            dataset=self.cfg.DATASET.NAME,
+            accuracy=scores["top1"],
+            epoch=len(self.progress.history),
+            seed=self.cfg.SOLVER.SEED,
+        )
+
+    def _save(self) -> None:
+        # the teacher comes from its own checkpoint again
+        weights = {k: v for k, v in self.distiller.state_dict().items() if not k.startswith("teacher.")}
+        scaler = self.accelerator.scaler
+        state = {
+            "weights": weights,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "dskd": None if self.dskd is None else self.dskd.state_dict(),
+            "progress": vars(self.progress),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        write_aside(self.folder / CHECKPOINT, lambda path: torch.save(state, path))
+
+    def _load(self) -> None:
+        state = torch.load(self.folder / CHECKPOINT, weights_only=True, map_location="cpu")
+        try:
+            loading = self.distiller.load_state_dict(state["weights"], strict=False)
+            wrong = [key for key in loading.missing_keys if not key.startswith("teacher.")] + loading.unexpected_keys
+        except RuntimeError as error:
+            wrong = [str(error).splitlines()[-1].strip()]
+        if wrong or (self.dskd is None) != (state["dskd"] is None):
+            reason = wrong[0] if wrong else "DSKD.ENABLED differs"
+            raise UserError(f"--resume: {self.folder / CHECKPOINT} belongs to another configuration: {reason}")
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.dskd is not None:
+            self.dskd.load_state_dict(state["dskd"])
+        self.progress = _Progress(**state["progress"])
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+
+    def _finish(self, wall_seconds: float) -> dict[str, Any]:
+        cfg, progress = self.cfg, self.progress
+        last, best = progress.history[-1], max(progress.history, key=lambda line: line["top1"])
+        self._export("student", last)
+        if cfg.LOG.ONNX:
+            export_onnx(self.distiller.student, self.folder / "student", self.data.test.images.shape[-1], 3)
+        result = self.record.finish(
+            task=cfg.DATASET.NAME,
+            method=cfg.DISTILLER.TYPE,
+            dskd=as_dict(cfg.DSKD) if cfg.DSKD.ENABLED else None,
+            teacher=cfg.DISTILLER.TEACHER or None,
+            student=cfg.DISTILLER.STUDENT,
+            seed=cfg.SOLVER.SEED,
+            metric="top1",
+            last=last["top1"],
+            best=best["top1"],
+            last_top5=last["top5"],
+            best_epoch=1 + progress.history.index(best),
+            epochs=cfg.SOLVER.EPOCHS,
+            train_images=len(self.data.train),
+            parameters=sum(p.numel() for p in self.distiller.student.parameters()),
+            steps=progress.step,
+            wall_seconds=wall_seconds,
+            throughput=progress.step * cfg.SOLVER.BATCH_SIZE / progress.seconds,
+            throughput_unit="images/s",
+        )
+        print(f"top-1 last {last['top1']:.2f}, best {best['top1']:.2f} (epoch {result['best_epoch']})")
+        print(f"the student: {self.folder / 'student'} (load it with cv.export.load_model)")
+        return result
+
+
+def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"OUTPUT_DIR {folder} is a file")
+    if resume and not (folder / CHECKPOINT).exists():
+        raise UserError(f"--resume: there is no {CHECKPOINT} in {folder}")
+    if not (resume or overwrite) and folder.exists() and any((folder / name).exists() for name in _WRITTEN):
+        raise UserError(f"OUTPUT_DIR {folder} holds a run; give --resume, --overwrite or another OUTPUT_DIR")
+
+
+def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Distiller, DirectionSensitivityLoss | None]:
+    """The method with its networks on the device, and DSKD; prints what distils what."""
+    classes, channels = data.train.num_classes, data.train.images.shape[1]
+    student = build_model(cfg.DISTILLER.STUDENT, classes, channels)
+    method = METHODS[cfg.DISTILLER.TYPE]
+    teacher = None
+    if method.needs_teacher or cfg.DSKD.ENABLED:
+        teacher = load_teacher(cfg, classes, channels)
+    block = cfg.DISTILLER.TYPE.upper()
+    distiller = build_distiller(
+        cfg.DISTILLER.TYPE,
+        student,
+        teacher,
+        cfg.get(block, CfgNode()),
+        num_classes=classes,
+        image_shape=tuple(data.train.images.shape[1:]),
+        num_train=len(data.train),
+    ).to(accelerator.device)
+    if cfg.SOLVER.CHANNELS_LAST:
+        distiller.to(memory_format=torch.channels_last)
+    dskd = build_dskd(student, teacher, cfg.DSKD) if cfg.DSKD.ENABLED else None
+    if cfg.SOLVER.COMPILE:
+        for network in filter(None, (student, teacher)):
+            network.features = torch.compile(network.features)
+    if accelerator.is_main_process:
+        _announce(cfg, data, distiller)
+    return distiller, dskd
+
+
+def _announce(cfg: CfgNode, data: DataSets, distiller: Distiller) -> None:
+    teacher = f" from {cfg.DISTILLER.TEACHER}" if distiller.teacher is not None else ""
+    print(
+        f"{cfg.DATASET.NAME}: {len(data.train)} training and {len(data.test)} test images, "
+        f"{data.train.num_classes} classes\n{cfg.DISTILLER.STUDENT}{teacher} by {cfg.DISTILLER.TYPE}",
+        flush=True,
+    )
+    if cfg.DSKD.ENABLED:
+        names = layer_map(distiller.student, distiller.teacher, cfg.DSKD)
+        rows = "\n".join(f"  {ours} <- {theirs}" for ours, theirs in names)
+        print(f"DSKD, lambda {cfg.DSKD.LAMBDA:g}, {cfg.DSKD.BASIS} directions:\n{rows}", flush=True)
+    if late := [stage for stage in cfg.SOLVER.LR_DECAY_STAGES if stage >= cfg.SOLVER.EPOCHS]:
+        print(f"note: LR_DECAY_STAGES {late} lie behind the last epoch, {cfg.SOLVER.EPOCHS}", flush=True)

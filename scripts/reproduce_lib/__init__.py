@@ -1,0 +1,1 @@
+"""What `scripts/reproduce.py` is made of: the table file, the plan of runs, their launch, the results."""
