@@ -149,16 +149,18 @@ def suggest(wrong: str, valid: Iterable[str]) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + f"valid: {', '.join(valid) or 'none'}"
 
 
-class _TextLoader(yaml.BaseLoader):
+class _TextLoader(yaml.SafeLoader):
     """All scalars stay the text that was written (5e-5 is no float in YAML 1.1); a repeated key is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        own = [key.value for key, _ in node.value]
+    yaml_implicit_resolvers: Mapping = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
         for key, _ in node.value:
-            if own.count(key.value) > 1 and key.value != "<<":
+            if keys.count(key.value) > 1:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} occurs twice", problem_mark=key.start_mark)
-        self.flatten_mapping(node)
-        return dict(super().construct_mapping(node, deep))
+        return node
 
 
 def _read(path: Path) -> dict:
@@ -172,3 +174,108 @@ def _read(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path.name}: a table file is a mapping with the keys {', '.join(_TABLE_KEYS)}")
     return content
+
+
+def _task(name: str, value: Any, where: str, placeholders: Mapping[str, str]) -> Task:
+    where = f"{where}: tasks.{name}"
+    _check_name(name, where)
+    value = _as_mapping(value, where)
+    _check_keys(value, _TASK_KEYS, where)
+    values = _texts(value.get("values", {}), f"{where}.values")
+    for key in values:
+        _check_name(key, f"{where}.values")
+        if key in (*RESERVED, *placeholders):
+            raise UserError(f"{where}.values: {key!r} is already a placeholder")
+    return Task(name, _arguments(value, "args", where), values)
+
+
+def _cell(name: str, value: Any, where: str, tasks: list[str]) -> Cell:
+    where = f"{where}: cells.{name}"
+    _check_name(name, where)
+    value = _as_mapping(value, where)
+    _check_keys(value, _CELL_KEYS, where)
+    needs = value.get("needs", [])
+    published = _as_mapping(value.get("published", {}), f"{where}.published")
+    _check_keys(published, _PUBLISHED_KEYS, f"{where}.published")
+    figures = published.get("value", {})
+    if not isinstance(figures, dict):
+        figures = {"": figures}
+    for task in figures:
+        if task not in tasks:
+            raise UserError(f"{where}.published.value: unknown task {task!r}; {suggest(task, tasks)}")
+    return Cell(
+        name=name,
+        label=_text(value, "label", where),
+        needs=tuple([needs] if isinstance(needs, str) else needs),
+        args=_arguments(value, "args", where),
+        smoke=_arguments(value, "smoke", where),
+        published={task: _number(text, f"{where}.published.value") for task, text in figures.items()},
+        source=_text(published, "source", f"{where}.published") if published else "",
+    )
+
+
+def _check_needs(cells: tuple[Cell, ...], where: str) -> None:
+    names = [cell.name for cell in cells]
+    for position, cell in enumerate(cells):
+        for need in cell.needs:
+            if need not in names:
+                raise UserError(f"{where}: cells.{cell.name}.needs: unknown cell {need!r}; {suggest(need, names)}")
+            if names.index(need) >= position:
+                raise UserError(f"{where}: cells.{cell.name}.needs: {need!r} must stand above {cell.name!r}")
+
+
+def _check_keys(content: Mapping, valid: tuple[str, ...], where: str) -> None:
+    for key in content:
+        if key not in valid:
+            raise UserError(f"{where}: unknown key {key!r}; {suggest(str(key), valid)}")
+
+
+def _check_name(name: str, where: str) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"{where}: {name!r} is no name; letters, digits, and . _ - inside")
+
+
+def _as_mapping(value: Any, where: str) -> dict:
+    if value == "":  # a key with nothing behind it
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected `key: value` lines, got {value!r}")
+    return value
+
+
+def _mapping(content: Mapping, key: str, where: str) -> dict:
+    return _as_mapping(content.get(key, {}), f"{where}: {key}")
+
+
+def _text(content: Mapping, key: str, where: str) -> str:
+    value = content.get(key)
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{where}: {key} is missing; give a text")
+    return value
+
+
+def _texts(value: Any, where: str) -> dict[str, str]:
+    value = _as_mapping(value, where)
+    for key, text in value.items():
+        if not isinstance(text, str):
+            raise UserError(f"{where}.{key}: expected one value, got {text!r}")
+    return value
+
+
+def _arguments(content: Mapping, key: str, where: str) -> Arguments:
+    value = _mapping(content, key, where)
+    for name, text in value.items():
+        single = text if isinstance(text, list) else [text]
+        if not all(isinstance(item, str) for item in single):
+            raise UserError(f"{where}: {key}.{name}: expected one value or a list of values, got {text!r}")
+    return value
+
+
+def _number(text: Any, where: str, *, whole: bool = False) -> float:
+    try:
+        value = int(text) if whole else float(text)
+    except (TypeError, ValueError):
+        value = 0
+    if not 0 < value < float("inf"):
+        raise UserError(f"{where}: {text!r} is no {'whole ' if whole else ''}number above 0")
+    return value

@@ -175,6 +175,8 @@ def _claim_folder(folder: Path, args: argparse.Namespace) -> None:
             for path in folder.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
+    if args.do_train:
+        write_json(folder / "config.json", vars(args))  # before the predecessor trains, for --resume to find
 
 
 def _trainer(args, task, tokenizer, model, datasets, setup, **others) -> DistillationTrainer:

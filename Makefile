@@ -1,0 +1,28 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint bench tables
+
+setup: .venv/current  ## make .venv with the tested versions; nothing to do when it is current
+
+.venv/current: requirements.txt setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup  ## compress a text encoder and distil an image classifier; DEMO="--task RTE --data_dir glue/RTE" for GLUE
+	$(BIN)/python scripts/demo.py $(DEMO)
+
+test: setup  ## all tests, two at a time
+	$(BIN)/python -m pytest -n 2
+
+lint: setup  ## style of all Python files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup  ## cost of DSKD beside its rivals; writes results/benchmark
+	$(BIN)/python scripts/benchmark.py all
+
+tables: setup  ## every table in seconds per run, to see that all of it works (full ones: docs/reproducing.md)
+	$(BIN)/python scripts/reproduce.py glue_rte --smoke

@@ -1,0 +1,1 @@
+"""Parts of scripts/demo.py: materials, measurements, report."""
