@@ -1,4 +1,4 @@
-"""`pip install -e .` puts `common`, `cv` and `bert_of_theseus` on the path; requirements.txt has the tested versions."""
+"""`pip install -e .` makes common, cv and bert_of_theseus importable; requirements.txt has tested versions."""
 
 from setuptools import find_packages, setup
 

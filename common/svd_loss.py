@@ -34,6 +34,7 @@ from common.matrices import (
 from common.ranks import exchange, share
 
 BASES = ("own", "update")
+DIRECTIONS = ("sensitive", "plain", "random")
 
 
 def direction_sensitivity(update: Tensor, grad: Tensor, alpha: float, driver: str = "svd") -> Tensor:
@@ -230,6 +231,8 @@ class DirectionSensitivityLoss:
         grad_steps: optimizer steps for which an exact gradient is held (1 = exact in every step); `None` =
             `svd_steps`.
         driver: "gram" or "svd", see `right_singular`.
+        direction: "sensitive" is DSKD. The others are its control arms, which replace every matrix's gradient by
+            another one of equal norm: "plain" by W_s - W_t, "random" by a random direction drawn at every expansion.
 
     Raises:
         ValueError: no pairs, a repeated name, shapes of a pair that differ, or a setting out of range.
@@ -244,10 +247,15 @@ class DirectionSensitivityLoss:
         basis: str = "own",
         grad_steps: int | None = None,
         driver: str = "gram",
+        direction: str = "sensitive",
     ):
         _check_pairs(pairs)
         grad_steps = svd_steps if grad_steps is None else grad_steps
-        for name, value, valid in (("basis", basis, BASES), ("driver", driver, DRIVERS)):
+        for name, value, valid in (
+            ("basis", basis, BASES),
+            ("driver", driver, DRIVERS),
+            ("direction", direction, DIRECTIONS),
+        ):
             if value not in valid:
                 raise ValueError(f"{name} must be one of {', '.join(valid)}, got {value!r}")
         for name, value in (("svd_steps", svd_steps), ("grad_steps", grad_steps)):
@@ -255,7 +263,7 @@ class DirectionSensitivityLoss:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         selected_count(rank, 1)
         self.rank, self.svd_steps, self.grad_steps = rank, svd_steps, grad_steps
-        self.basis, self.driver = basis, driver
+        self.basis, self.driver, self.direction = basis, driver, direction
         self.steps = 0  # optimizer steps seen
         self._students = [student for _, student, _ in pairs]
         self._groups = _group_by_shape(pairs)
@@ -421,12 +429,26 @@ class DirectionSensitivityLoss:
                         (gradients[mine],) = torch.autograd.grad(aligned.sum(), student_mn)
                     losses[mine] = aligned.detach()
                 total = total + exchange(losses).sum() / count
-                for W, D in zip(group.students, exchange(gradients) / count, strict=True):
+                gradients = exchange(gradients) / count
+                if self.direction != "sensitive":
+                    gradients = self._redirected(group, gradients)
+                for W, D in zip(group.students, gradients, strict=True):
                     D = D if as_matrix(W).shape == D.shape else D.mT
                     # the layout of the weight (channels_last, say), so that inner products need no copy
                     by_student[id(W)] = torch.empty_like(W.detach(), dtype=D.dtype).copy_(D.reshape(W.shape))
         gradients = [by_student[id(W)] for W in self._students]
         return total - inner_product(gradients, [W.detach() for W in self._students]), gradients
+
+    def _redirected(self, group: _Group, gradients: Tensor) -> Tensor:
+        """Gradients of the same norms along the control arm's directions."""
+        everyone = range(len(group.names))
+        if self.direction == "plain":
+            other = group.stack(group.students, everyone) - group.stack(group.teachers, everyone)
+        else:  # a function of the step, so that ranks agree and resumed runs repeat
+            generator = torch.Generator().manual_seed(1000 * self.steps + self._groups.index(group))
+            other = torch.randn(gradients.shape, generator=generator, dtype=gradients.dtype).to(gradients.device)
+        wanted, norm = (torch.linalg.matrix_norm(each, keepdim=True) for each in (gradients, other))
+        return other * (wanted / torch.where(norm > 0, norm, 1.0))
 
     def _align(self, group: _Group, student_mn: Tensor, rows: list[int]) -> Tensor:
         """Exact losses (rows,) of some pairs of a group."""

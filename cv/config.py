@@ -53,6 +53,7 @@ def defaults() -> CfgNode:
     cfg.DSKD.GRAD_STEPS = 5  # optimizer steps for which an exact gradient is held (int, 1: exact in every step)
     cfg.DSKD.BASIS = "own"  # own: each network's singular triplets; update: the directions of the update (str)
     cfg.DSKD.DRIVER = "gram"  # decomposition: gram (eigenvectors of W^T W) or svd (str)
+    cfg.DSKD.DIRECTION = "sensitive"  # sensitive is DSKD; plain (W_s - W_t), random: controls of equal norm (str)
     cfg.DSKD.PAIRS = []  # [student layer, teacher layer] names, "*" alike in both (list, empty: conv1, conv2 of blocks)
     cfg.DSKD.SKIP_MISMATCHED = False  # leave out pairs whose shapes differ, instead of refusing them (bool)
 
@@ -182,6 +183,7 @@ def _validate(cfg: CfgNode) -> None:
         ("DSKD.GRAD_STEPS", dskd.GRAD_STEPS >= 1, "at least 1"),
         ("DSKD.BASIS", dskd.BASIS in ("own", "update"), "own or update"),
         ("DSKD.DRIVER", dskd.DRIVER in ("gram", "svd"), "gram or svd"),
+        ("DSKD.DIRECTION", dskd.DIRECTION in ("sensitive", "plain", "random"), "sensitive, plain or random"),
         ("DSKD.PAIRS", all(_is_pair(pair) for pair in dskd.PAIRS), "a list of [student layer, teacher layer]"),
         ("LOG.INTERVAL", cfg.LOG.INTERVAL >= 1, "at least 1"),
     ]

@@ -57,4 +57,5 @@ def build_dskd(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> Dir
         basis=settings.BASIS,
         grad_steps=settings.GRAD_STEPS,
         driver=settings.DRIVER,
+        direction=settings.DIRECTION,
     )

@@ -12,11 +12,9 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 from bert_of_theseus.arguments import parse_arguments
 from bert_of_theseus.pipeline import run
 
-TEXT_WORDS = (
-    "the a cat dog bird fish man woman child house tree river road car book song sat ran flew swam read wrote saw ate "
-    "is was not never always often red blue green old new big small fast slow good bad and or but in on under near with "
-    "without to from"
-).split()
+_WORDS = """the a cat dog bird fish man woman child house tree river road car book song sat ran flew swam read wrote saw
+    is was not never always often red blue green old new big small fast slow good bad and or but in on under near with"""
+TEXT_WORDS = _WORDS.split()
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TEXT_WORDS]
 LABELS = ("entailment", "not_entailment")
 LAYERS = 4

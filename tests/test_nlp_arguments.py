@@ -12,10 +12,10 @@ from bert_of_theseus.arguments import build_parser, parse_arguments
 from common.errors import UserError, run_cli
 
 SCRIPT = ROOT / "nlp" / "BERT-of-Theseus" / "run_glue_SVD_losslayer.py"
-SEED_COMMAND = """--model_name_or_path M --task_name RTE --do_train --do_eval --do_lower_case --data_dir D --max_seq_length 128
-    --per_gpu_train_batch_size 32 --per_gpu_eval_batch_size 32 --learning_rate 2e-5 --save_steps 50 --num_train_epochs 20
-    --output_dir O --evaluate_during_training --replacing_rate 0.3 --scheduler_type linear --scheduler_linear_k 0.0003
-    --overwrite_output_dir --ifsvd --svd_steps 100 --lambda_size 0.1 --rank_size 32"""
+SEED_COMMAND = """--model_name_or_path M --task_name RTE --do_train --do_eval --do_lower_case --data_dir D
+    --max_seq_length 128 --per_gpu_train_batch_size 32 --per_gpu_eval_batch_size 32 --learning_rate 2e-5 --save_steps 50
+    --num_train_epochs 20 --output_dir O --evaluate_during_training --replacing_rate 0.3 --scheduler_type linear
+    --scheduler_linear_k 0.0003 --overwrite_output_dir --ifsvd --svd_steps 100 --lambda_size 0.1 --rank_size 32"""
 BASE = "--model_name_or_path M --task_name RTE --output_dir O "
 TRAIN = BASE + "--do_train --do_eval "
 CUSTOM = "--model_name_or_path M --task_name custom --output_dir O "

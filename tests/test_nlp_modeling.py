@@ -184,10 +184,8 @@ def test_adamw_keeps_moving_an_unsampled_layer_by_its_momentum():
 def test_zero_gradients_leave_the_gradients_of_the_sampled_layers_as_they_are():
     model = choose(theseus(), [True, False])
     weight = model.theseus_modules[0].successor.output.dense.weight
-    plain = model.model(**batch()).loss  # without the wrapper's forward, with the draw set by hand
-    model.theseus_modules[1].replaced = False
-    plain = model.model(**batch()).loss
-    (expected,) = torch.autograd.grad(plain, weight)
+    model.theseus_modules[1].replaced = False  # the same draw by hand, without the wrapper's forward
+    (expected,) = torch.autograd.grad(model.model(**batch()).loss, weight)
     model(**batch()).loss.backward()
     torch.testing.assert_close(weight.grad, expected)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -119,7 +120,7 @@ def find_script(table: Table) -> Script:
 
 def short(path: Path) -> str:
     """A path relative to the repository's root where it lies inside, which is where all commands run."""
-    path = path.absolute()
+    path = Path(os.path.abspath(path))
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 

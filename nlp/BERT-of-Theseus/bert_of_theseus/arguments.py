@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from common.errors import UserError
 
-_ONLY_WITH_DSKD = ("lambda_size", "rank_size", "svd_steps", "grad_steps", "basis", "svd_driver")
+_ONLY_WITH_DSKD = ("lambda_size", "rank_size", "svd_steps", "grad_steps", "basis", "svd_driver", "direction")
 _ONLY_WITH_THESEUS = ("replacing_rate", "scheduler_type", "scheduler_linear_k", "steps_for_replacing")
 _ONLY_WITH_PREDECESSOR = ("predecessor_num_train_epochs", "predecessor_learning_rate")
 _ONLY_WITH_CUSTOM = ("train_file", "dev_file", "test_file", "text_columns", "label_column", "regression")
@@ -113,6 +113,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     dskd.add_argument("--basis", choices=("own", "update"), default="own", help="whose singular directions are taken")
     dskd.add_argument("--svd_driver", choices=("gram", "svd"), default="gram", help="decomposition at a refresh")
+
+    dskd.add_argument(
+        "--direction",
+        choices=("sensitive", "plain", "random"),
+        default="sensitive",
+        help="sensitive is DSKD; plain (W_s - W_t) and random are control arms with a gradient of the same norm",
+    )
 
     train = parser.add_argument_group("training")
     train.add_argument("--learning_rate", type=_positive, default=5e-5, help="peak learning rate of AdamW")

@@ -328,6 +328,7 @@ def _build_dskd(args, pairs) -> DirectionSensitivityLoss | None:
         basis=args.basis,
         grad_steps=args.grad_steps,
         driver=args.svd_driver,
+        direction=args.direction,
     )
 
 
@@ -366,7 +367,7 @@ def _in_words(metrics: dict[str, float]) -> str:
 
 
 def _dskd_settings(args) -> dict:
-    names = ("lambda_size", "rank_size", "svd_steps", "grad_steps", "basis", "svd_driver")
+    names = ("lambda_size", "rank_size", "svd_steps", "grad_steps", "basis", "svd_driver", "direction")
     return {name: getattr(args, name) for name in names} | {"grad_steps": args.grad_steps or args.svd_steps}
 
 
