@@ -89,7 +89,7 @@ def test_dskd_switched_by_another_word_is_refused():
             (TRAIN + flag, flag)
             for flag in ("--lambda_size 0.1", "--rank_size 32", "--svd_steps 100", "--grad_steps 1")
         ),
-        *((TRAIN + flag, flag) for flag in ("--basis own", "--svd_driver gram")),
+        *((TRAIN + flag, flag) for flag in ("--basis own", "--svd_driver gram", "--direction plain")),
         (TRAIN + "--if_svd false --basis update", "--basis"),
         (TRAIN + "--lambda_size=0.1", "--lambda_size"),
         (TRAIN + "--method finetune --replacing_rate 0.3", "--replacing_rate"),
