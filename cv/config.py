@@ -1,5 +1,6 @@
 """Every setting of the vision pipeline, with its default; YAML files and `KEY VALUE` pairs override them."""
 
+import os
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -71,6 +72,8 @@ def defaults() -> CfgNode:
 def load_config(path: str, overrides: Sequence[str] = ()) -> CfgNode:
     """The configuration of a YAML file (its `BASE`, a file beside it, comes first) with `KEY VALUE` pairs on top.
 
+    A relative OUTPUT_DIR in a file counts from the repository's root, in a pair from the working directory.
+
     Args:
         path: looked up from the working directory, then from the repository's root.
         overrides: alternating dotted keys and values.
@@ -81,17 +84,24 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> CfgNode:
     """
     cfg = defaults()
     _merge_file(cfg, _find(path))
+    if cfg.OUTPUT_DIR and not os.path.isabs(cfg.OUTPUT_DIR):
+        cfg.OUTPUT_DIR = os.path.relpath(ROOT / cfg.OUTPUT_DIR)
     if len(overrides) % 2:
         raise UserError(f"overrides are KEY VALUE pairs; {overrides[-1]!r} has no value")
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         _set(cfg, key, value, "command line")
-    _validate(cfg)
+    _validate(cfg, "command line")
     return cfg
 
 
 def as_dict(cfg: CfgNode) -> dict[str, Any]:
     """Plain nested dictionaries of a configuration."""
     return {key: as_dict(value) if isinstance(value, CfgNode) else value for key, value in cfg.items()}
+
+
+def leaves(cfg: CfgNode) -> dict[str, Any]:
+    """All settings by their dotted keys."""
+    return dict(_leaves(as_dict(cfg), cfg))
 
 
 def repository_path(path: str) -> Path:
@@ -106,20 +116,23 @@ def _find(path: str) -> Path:
     return found
 
 
-def _merge_file(cfg: CfgNode, path: Path) -> None:
+def _merge_file(cfg: CfgNode, path: Path, above: tuple[Path, ...] = ()) -> None:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or an impossible date
+        raise UserError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected KEY: value lines")
     if base := tree.pop("BASE", None):
         base = path.parent / str(base)
         if not base.is_file():
             raise UserError(f"{path}: BASE {base} does not exist")
-        _merge_file(cfg, base)
+        if base.resolve() in (path.resolve(), *above):
+            raise UserError(f"{path}: BASE {base} leads back to the file itself")
+        _merge_file(cfg, base, (path.resolve(), *above))
     for key, value in _leaves(tree, cfg):
         _set(cfg, key, value, str(path))
+    _validate(cfg, str(path))
 
 
 def _leaves(tree: dict, cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -131,19 +144,13 @@ def _leaves(tree: dict, cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _set(cfg: CfgNode, key: str, value: Any, where: str) -> None:
-    valid = dict(_leaves(as_dict(cfg), cfg))
+    valid = leaves(cfg)
     if key not in valid:
-        nearest = get_close_matches(key.upper(), valid, n=1, cutoff=0.5)
-        hint = f"; the nearest is {nearest[0]}" if nearest else ""
-        raise UserError(f"{where}: unknown key {key}{hint}")
+        raise UserError(f"{where}: {_unknown(key, valid)}")
     if isinstance(value, str) and not isinstance(valid[key], str):
-        value = yaml.safe_load(value)
-        # YAML 1.1 reads 5e-4 as a text
-        value = (
-            float(value) if isinstance(value, str) and isinstance(valid[key], float) and _is_number(value) else value
-        )
-    if isinstance(valid[key], float) and type(value) is int:
-        value = float(value)
+        value = _parse(value)
+    if isinstance(valid[key], float) and (type(value) is int or (isinstance(value, str) and _is_number(value))):
+        value = float(value)  # YAML 1.1 reads 5e-4 as a text
     if type(value) is not type(valid[key]):
         raise UserError(
             f"{where}: {key} must be of type {type(valid[key]).__name__} (such as {valid[key]!r}), got {value!r}"
@@ -155,6 +162,23 @@ def _set(cfg: CfgNode, key: str, value: Any, where: str) -> None:
     node[leaf] = value
 
 
+def _unknown(key: str, valid: dict[str, Any]) -> str:
+    if below := [name for name in valid if name.startswith(f"{key}.")]:
+        return f"{key} is a block of keys; set one of them, such as {below[0]}"
+    leaf = key.split(".")[-1].upper()
+    nearest = [name for name in valid if name.split(".")[-1] == leaf]  # the right name in the wrong block
+    nearest = nearest or get_close_matches(key.upper(), valid, n=1, cutoff=0.5)
+    return f"unknown key {key}" + (f"; the nearest is {nearest[0]}" if nearest else "")
+
+
+def _parse(text: str) -> Any:
+    """A value of the command line as YAML reads it; text that is no YAML stays as it is, to be refused by its type."""
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return text
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)
@@ -163,7 +187,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _validate(cfg: CfgNode) -> None:
+def _validate(cfg: CfgNode, where: str) -> None:
     solver, dskd = cfg.SOLVER, cfg.DSKD
     checks = [
         ("DISTILLER.TYPE", cfg.DISTILLER.TYPE in METHODS, f"one of {', '.join(METHODS)}"),
@@ -173,9 +197,10 @@ def _validate(cfg: CfgNode) -> None:
         ("SOLVER.EPOCHS", solver.EPOCHS >= 1, "at least 1"),
         ("SOLVER.LR", solver.LR > 0, "above 0"),
         ("SOLVER.LR_DECAY_STAGES", all(type(e) is int and e > 0 for e in solver.LR_DECAY_STAGES), "whole epochs"),
+        ("SOLVER.LR_DECAY_RATE", solver.LR_DECAY_RATE > 0, "above 0"),
         ("SOLVER.MOMENTUM", 0 <= solver.MOMENTUM < 1, "in [0, 1)"),
         ("SOLVER.WEIGHT_DECAY", solver.WEIGHT_DECAY >= 0, "at least 0"),
-        ("SOLVER.SEED", solver.SEED >= 0, "at least 0"),
+        ("SOLVER.SEED", 0 <= solver.SEED < 2**32, "from 0 to below 2^32"),
         ("SOLVER.PRECISION", solver.PRECISION in ("fp32", "bf16", "fp16"), "fp32, bf16 or fp16"),
         ("DSKD.LAMBDA", dskd.LAMBDA >= 0, "at least 0"),
         ("DSKD.RANK", dskd.RANK >= 0, "0 (all directions) or a number of directions"),
@@ -186,11 +211,12 @@ def _validate(cfg: CfgNode) -> None:
         ("DSKD.DIRECTION", dskd.DIRECTION in ("sensitive", "plain", "random"), "sensitive, plain or random"),
         ("DSKD.PAIRS", all(_is_pair(pair) for pair in dskd.PAIRS), "a list of [student layer, teacher layer]"),
         ("LOG.INTERVAL", cfg.LOG.INTERVAL >= 1, "at least 1"),
+        ("LOG.TRACKERS", all(name in ("tensorboard", "wandb") for name in cfg.LOG.TRACKERS), "tensorboard and wandb"),
     ]
-    values = dict(_leaves(as_dict(cfg), cfg))
+    values = leaves(cfg)
     for key, holds, expected in checks:
         if not holds:
-            raise UserError(f"{key} = {values[key]!r}: expected {expected}")
+            raise UserError(f"{where}: {key} = {values[key]!r}: expected {expected}")
 
 
 def _is_pair(value: Any) -> bool:

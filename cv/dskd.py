@@ -1,5 +1,7 @@
 """The DSKD loss of a student and teacher network: which layers pair up, and the loss from the configuration."""
 
+from collections import Counter
+
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -16,8 +18,18 @@ def layer_pairs(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> li
 
 
 def layer_map(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> list[tuple[str, str]]:
-    """Names of the paired layers, (student's, teacher's)."""
-    return expand_patterns(student, settings.PAIRS) if settings.PAIRS else block_map(student, teacher)
+    """Names of the paired layers, (student's, teacher's).
+
+    Raises:
+        UserError: a pattern without a match, or a student layer that is named twice.
+    """
+    if not settings.PAIRS:
+        return block_map(student, teacher)
+    names = expand_patterns(student, settings.PAIRS)
+    for name, times in Counter(ours for ours, _ in names).items():
+        if times > 1:
+            raise UserError(f"DSKD.PAIRS names the student's layer {name} {times} times; one teacher layer each")
+    return names
 
 
 def block_map(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Trained teachers: found by an explicit folder, or by name among the shipped and the user's own."""
 
+import shlex
 from pathlib import Path
 
 from yacs.config import CfgNode
@@ -27,12 +28,19 @@ def find_teacher(cfg: CfgNode) -> Path:
     for place in places:
         if (place / "model.json").is_file():
             return place
-    config = f"configs/{dataset}/teacher/{name}.yaml"
-    if (ROOT / config).is_file():
-        command = f"python cv/train_svd.py --cfg {config}"
-    else:
-        command = f"python cv/train_svd.py --cfg <a config> DISTILLER.TYPE vanilla DISTILLER.STUDENT {name}"
-    raise UserError(f"no trained {name} for {dataset}; train it with `{command}`, or set DISTILLER.TEACHER_CKPT")
+    raise UserError(f"no trained {name} for {dataset}; train it with `{_command(cfg)}`, or set DISTILLER.TEACHER_CKPT")
+
+
+def _command(cfg: CfgNode) -> str:
+    """The command, from the repository's root, after which `find_teacher` finds the teacher."""
+    name, data = cfg.DISTILLER.TEACHER, cfg.DATASET
+    words = ["python", "cv/train_svd.py", "--cfg", f"configs/{data.NAME}/teacher/{name}.yaml"]
+    if not (ROOT / words[-1]).is_file():
+        words[-1] = "configs/demo/base.yaml" if data.NAME == "digits" else "configs/cifar100/base.yaml"
+        words += ["DISTILLER.STUDENT", name, "OUTPUT_DIR", f"outputs/{data.NAME}/teacher_{name}/seed1"]
+        if data.NAME != "digits":
+            words += ["DATASET.NAME", data.NAME, "DATASET.ROOT", data.ROOT, "DATASET.IMAGE_SIZE", str(data.IMAGE_SIZE)]
+    return shlex.join(words)
 
 
 def load_teacher(cfg: CfgNode, num_classes: int, in_channels: int) -> Network:

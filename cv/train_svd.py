@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR from its checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in OUTPUT_DIR")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="settings that replace the file's")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.resume and args.overwrite:
         raise UserError("--resume continues the run that --overwrite would replace; give one of them")
     from common.torchvision_repair import repair_torchvision

@@ -18,16 +18,18 @@ from common.errors import UserError
 from common.files import write_aside
 from common.record import RunRecord
 from common.svd_loss import DirectionSensitivityLoss
-from cv.config import ROOT, as_dict, repository_path
+from cv.config import ROOT, as_dict, leaves, repository_path
 from cv.data import DataSets, EpochLoader, load_dataset
-from cv.dskd import build_dskd, layer_map
-from cv.export import export_onnx, save_model
+from cv.dskd import build_dskd, layer_map, layer_pairs
+from cv.export import export_onnx, load_model, save_model
 from cv.methods import METHODS, Distiller, build_distiller
 from cv.models import build_model
 from cv.teachers import load_teacher
 
 EVALUATION_BATCH = 500
 CHECKPOINT = "checkpoint.pt"
+# what a resumed run may change; LOG.*, too
+_FREE_ON_RESUME = ("OUTPUT_DIR", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "SOLVER.EPOCHS", "SOLVER.COMPILE")
 _WRITTEN = (CHECKPOINT, "student", "student_best", "tracking", "config.json", "metrics.jsonl", "result.json")
 
 
@@ -107,7 +109,13 @@ class _Progress:
     epoch: int = 0  # epochs done
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # of training, evaluation not counted
+    wall_seconds: float = 0.0  # of everything, the earlier parts of a resumed run included
     history: list[dict[str, float]] = field(default_factory=list)  # evaluation of every epoch
+
+    @property
+    def best_epoch(self) -> int:
+        """The first epoch, from 1, with the highest top-1."""
+        return 1 + max(range(len(self.history)), key=lambda i: self.history[i]["top1"])
 
 
 class _Run:
@@ -151,13 +159,13 @@ class _Run:
         self.total_steps = solver.EPOCHS * len(self.loader)
 
     def train(self, resume: bool) -> dict[str, Any] | None:
-        cfg, progress, main = self.cfg, self.progress, self.accelerator.is_main_process
         if resume:
             self._load()
+        cfg, progress, main = self.cfg, self.progress, self.accelerator.is_main_process
         self.record = RunRecord(self.folder, as_dict(cfg), progress.step if resume else None) if main else None
         self.accelerator.init_trackers("run")
         bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=not (main and cfg.LOG.PROGRESS))
-        start = time.perf_counter()
+        start = time.perf_counter() - progress.wall_seconds
         with bar:
             for epoch in range(progress.epoch + 1, cfg.SOLVER.EPOCHS + 1):
                 self._train_epoch(epoch, bar)
@@ -166,9 +174,9 @@ class _Run:
                     progress.history.append(scores)
                     self._log(epoch=epoch, **{f"test_{name}": value for name, value in scores.items()})
                     bar.set_postfix_str(f"epoch {epoch}, top-1 {scores['top1']:.2f}")
-                    if scores["top1"] >= max(line["top1"] for line in progress.history):
+                    if progress.best_epoch == epoch:
                         self._export("student_best", scores)
-                    progress.epoch = epoch
+                    progress.epoch, progress.wall_seconds = epoch, time.perf_counter() - start
                     self._save()
         self.accelerator.end_training()
         return self._finish(time.perf_counter() - start) if main else None
@@ -182,7 +190,10 @@ class _Run:
         self.distiller.epoch.fill_(epoch)
         start, first_step = time.perf_counter(), progress.step
         for images, labels, indices in self.loader.epoch(epoch):
-            losses, correct = self._step(images, labels, indices)
+            try:
+                losses, correct = self._step(images, labels, indices)
+            except torch.linalg.LinAlgError as error:  # DSKD decomposes weights that are no longer finite
+                raise UserError(f"the run diverged in step {progress.step + 1}: {error}; lower SOLVER.LR") from error
             progress.step += 1
             bar.update()
             if progress.step % self.cfg.LOG.INTERVAL == 0 or progress.step == first_step + len(self.loader):
@@ -190,7 +201,7 @@ class _Run:
                 if not all(abs(value) < float("inf") for value in values.values()):
                     raise UserError(f"the run diverged in step {progress.step}: {values}; lower SOLVER.LR")
                 seconds = time.perf_counter() - start
-                images_done = (progress.step - first_step) * solver.BATCH_SIZE
+                images_done = min((progress.step - first_step) * solver.BATCH_SIZE, len(self.data.train))
                 values |= {"train_top1": 100 * correct.item() / len(labels), "learning_rate": rate}
                 values |= {"images_per_second": images_done / seconds}
                 if self.dskd is not None:
@@ -245,6 +256,7 @@ class _Run:
             "scaler": None if scaler is None else scaler.state_dict(),
             "dskd": None if self.dskd is None else self.dskd.state_dict(),
             "progress": vars(self.progress),
+            "config": as_dict(self.cfg),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -252,14 +264,14 @@ class _Run:
 
     def _load(self) -> None:
         state = torch.load(self.folder / CHECKPOINT, weights_only=True, map_location="cpu")
-        try:
-            loading = self.distiller.load_state_dict(state["weights"], strict=False)
-            wrong = [key for key in loading.missing_keys if not key.startswith("teacher.")] + loading.unexpected_keys
-        except RuntimeError as error:
-            wrong = [str(error).splitlines()[-1].strip()]
-        if wrong or (self.dskd is None) != (state["dskd"] is None):
-            reason = wrong[0] if wrong else "DSKD.ENABLED differs"
-            raise UserError(f"--resume: {self.folder / CHECKPOINT} belongs to another configuration: {reason}")
+        before = leaves(CfgNode(state["config"]))
+        for key, value in leaves(self.cfg).items():
+            if value != before.get(key) and key not in _FREE_ON_RESUME and not key.startswith("LOG."):
+                raise UserError(
+                    f"--resume: {self.folder / CHECKPOINT} was written with {key} = {before.get(key)!r}, "
+                    f"and {value!r} is asked for now"
+                )
+        self.distiller.load_state_dict(state["weights"], strict=False)  # all but the teacher
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -272,10 +284,11 @@ class _Run:
 
     def _finish(self, wall_seconds: float) -> dict[str, Any]:
         cfg, progress = self.cfg, self.progress
-        last, best = progress.history[-1], max(progress.history, key=lambda line: line["top1"])
+        last, best = progress.history[-1], progress.history[progress.best_epoch - 1]
         self._export("student", last)
         if cfg.LOG.ONNX:
-            export_onnx(self.distiller.student, self.folder / "student", self.data.test.images.shape[-1], 3)
+            student, info = load_model(self.folder / "student")  # as saved: not compiled
+            export_onnx(student, self.folder / "student", info["image_size"], info["in_channels"])
         result = self.record.finish(
             task=cfg.DATASET.NAME,
             method=cfg.DISTILLER.TYPE,
@@ -287,13 +300,13 @@ class _Run:
             last=last["top1"],
             best=best["top1"],
             last_top5=last["top5"],
-            best_epoch=1 + progress.history.index(best),
+            best_epoch=progress.best_epoch,
             epochs=cfg.SOLVER.EPOCHS,
             train_images=len(self.data.train),
             parameters=sum(p.numel() for p in self.distiller.student.parameters()),
             steps=progress.step,
             wall_seconds=wall_seconds,
-            throughput=progress.step * cfg.SOLVER.BATCH_SIZE / progress.seconds,
+            throughput=progress.epoch * len(self.data.train) / progress.seconds,
             throughput_unit="images/s",
         )
         print(f"top-1 last {last['top1']:.2f}, best {best['top1']:.2f} (epoch {result['best_epoch']})")
@@ -348,7 +361,10 @@ def _announce(cfg: CfgNode, data: DataSets, distiller: Distiller) -> None:
     )
     if cfg.DSKD.ENABLED:
         names = layer_map(distiller.student, distiller.teacher, cfg.DSKD)
-        rows = "\n".join(f"  {ours} <- {theirs}" for ours, theirs in names)
+        kept = {name for name, _, _ in layer_pairs(distiller.student, distiller.teacher, cfg.DSKD)}
+        rows = "\n".join(
+            f"  {ours} <- {theirs}" + ("" if ours in kept else " (left out: shapes differ)") for ours, theirs in names
+        )
         print(f"DSKD, lambda {cfg.DSKD.LAMBDA:g}, {cfg.DSKD.BASIS} directions:\n{rows}", flush=True)
     if late := [stage for stage in cfg.SOLVER.LR_DECAY_STAGES if stage >= cfg.SOLVER.EPOCHS]:
         print(f"note: LR_DECAY_STAGES {late} lie behind the last epoch, {cfg.SOLVER.EPOCHS}", flush=True)

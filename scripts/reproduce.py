@@ -4,19 +4,24 @@ python scripts/reproduce.py glue_rte --set data=FOLDER --set model=ENCODER --job
 """
 
 import argparse
+import shlex
 import signal
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pandas as pd
 import yaml
 
 from common.errors import UserError, run_cli
+from scripts.reproduce_lib.collect import collect, highest_seed, key_of, keys, read_rows, write_rows
 from scripts.reproduce_lib.launch import launch, unfinished
 from scripts.reproduce_lib.plan import Run, plan, short
-from scripts.reproduce_lib.table import Table, find_table, load_table, suggest
+from scripts.reproduce_lib.plot import plot
+from scripts.reproduce_lib.render import render
+from scripts.reproduce_lib.summary import summarize
+from scripts.reproduce_lib.table import ROOT, Table, find_table, load_table, suggest
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="submitit parameter of --launcher slurm, such as slurm_partition=gpu, timeout_min=600, gpus_per_node=1",
     )
-    parser.add_argument("--smoke", action="store_true", help="every run for seconds; nothing goes to --results")
+    parser.add_argument("--smoke", action="store_true", help="every run for seconds, all in outputs/reproduce-smoke")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--render-only", action="store_true", help="render what is finished, run nothing")
     parser.add_argument(
@@ -65,6 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    if args.slurm and args.launcher != "slurm":
+        raise UserError("--slurm needs --launcher slurm")
     table = load_table(find_table(args.table))
     outputs = "reproduce-smoke" if args.smoke else "reproduce"
     output = (args.output or ROOT / "outputs" / outputs).absolute()
@@ -72,15 +79,50 @@ def main() -> None:
     values = {name: _anchored(value) for name, value in args.values}
     seeds = args.seeds or (1 if args.smoke else table.seeds)
 
-    runs = plan(table, values, seeds, output, smoke=args.smoke)
-    wanted = _selected(runs, table, args.tasks, args.cells)
-    todo = unfinished(wanted, lambda run: run.finished)
+    selected = _selected(plan(table, values, seeds, output, smoke=args.smoke), table, args.tasks, args.cells)
+    earlier = read_rows(results / "runs.csv")
+    kept = earlier if args.keep_rows else earlier.iloc[:0]
+    known = keys(kept)
+    todo = unfinished(selected, lambda run: run.finished or key_of(run) in known)
     if args.dry_run:
-        _print_commands(wanted, todo)
+        _print_commands(selected, todo)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running jobs are ended, too
-    failed = launch(todo, args.jobs, launcher=args.launcher, options={}, logs=output / "submitit")
-    sys.exit(1 if failed else 0)
+
+    def save_rows() -> pd.DataFrame:
+        """All finished runs, those of tasks, cells and seeds that were not asked for today as well."""
+        most = max(seeds, highest_seed(output), *kept["seed"].tolist())
+        everything = plan(table, values, most, output, smoke=args.smoke)
+        rows = collect(everything, {**table.placeholders, **values}, kept)
+        if len(rows):
+            write_rows(rows, results / "runs.csv")
+        return rows
+
+    failed = {}
+    if not args.render_only:
+        print(
+            f"{len(selected)} runs, {len(todo)} left to do; their folders and logs are in {short(output)}", flush=True
+        )
+        failed = launch(
+            todo,
+            args.jobs,
+            launcher=args.launcher,
+            options={name: yaml.safe_load(value) for name, value in args.slurm},
+            logs=output / "submitit",
+            finished=lambda _: save_rows(),
+        )
+    rows = save_rows()
+    if dropped := len(keys(earlier) - keys(rows)) if len(rows) else 0:
+        print(f"{dropped} earlier rows, of other commands or of runs that are not here, are no longer in runs.csv")
+    if len(rows):
+        summary = summarize(table, rows)
+        render(table, summary, rows, results)
+        plot(table, summary, rows, results)
+        print(f"{len(rows)} runs in {short(results)}: runs.csv, table.md, table.tex, table.csv, table.png, table.svg")
+    else:
+        print(f"no run with these commands and --set values has finished in {short(output)}, so there is no table")
+    if failed:
+        print(f"{len(failed)} of {len(todo)} runs failed: " + ", ".join(run.title for run in failed))
+        sys.exit(1)
 
 
 def _selected(runs: list[Run], table: Table, tasks: list[str] | None, cells: list[str] | None) -> list[Run]:
@@ -95,10 +137,8 @@ def _selected(runs: list[Run], table: Table, tasks: list[str] | None, cells: lis
 
 
 def _print_commands(wanted: list[Run], todo: list[Run]) -> None:
-    import shlex
-
     for run in dict.fromkeys([*wanted, *todo]):
-        state = "finished" if run.finished else "to resume" if (run.folder / "config.json").exists() else "to run"
+        state = "finished" if run.finished else "to resume" if run.resumable else "to run"
         print(f"# {run.title}: {state}\n{shlex.join(['python', *run.command()[1:]])}")
 
 
@@ -121,4 +161,5 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # running jobs are ended, too, as after Ctrl-C
     run_cli(main)

@@ -32,7 +32,7 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
-from bert_of_theseus import pipeline, training
+from bert_of_theseus import pipeline
 from bert_of_theseus.training import METHOD_STATE, DistillationTrainer, last_checkpoint
 from common.errors import run_cli
 
@@ -231,6 +231,24 @@ def test_dskd_pulls_the_student_towards_its_teacher(tiny, tmp_path):  # noqa: F8
     assert loss["5"] == sorted(loss["5"], reverse=True)
 
 
+def test_dskd_is_told_the_progress_and_the_layers_that_no_batch_of_the_step_sampled(tiny, tmp_path, monkeypatch):  # noqa: F811
+    observed, drawn = [], []
+
+    class Spy(pipeline.DirectionSensitivityLoss):
+        def observe(self, progress, skip=()):
+            observed.append((progress, {name.split(".")[0] for name in skip}))
+            return super().observe(progress, skip)
+
+    draw = pipeline.TheseusModel._draw
+    monkeypatch.setattr(pipeline.TheseusModel, "_draw", lambda model: drawn.append(draw(model)) or drawn[-1])
+    monkeypatch.setattr(pipeline, "DirectionSensitivityLoss", Spy)
+    more = ("--max_steps", "8", "--gradient_accumulation_steps", "2", "--per_gpu_train_batch_size", "2")
+    execute(flags(tiny, tmp_path, *more, *DSKD))
+    never = [{str(i) for i in range(2) if not (a[i] or b[i])} for a, b in zip(drawn[::2], drawn[1::2], strict=True)]
+    assert observed == [(step / 8, unsampled) for step, unsampled in enumerate(never)]
+    assert len({frozenset(unsampled) for unsampled in never}) > 1
+
+
 def test_accumulating_two_half_batches_equals_one_whole_batch(tiny, tmp_path):  # noqa: F811
     always = (
         "--max_steps",
@@ -357,6 +375,11 @@ def test_the_best_is_chosen_on_the_selection_split_when_there_is_one(tiny, tmp_p
     assert result["best_chosen_on"] == "selection split of the training set"
 
 
+def test_the_last_step_is_evaluated_even_between_two_evaluations(tiny, tmp_path):  # noqa: F811
+    execute(flags(tiny, tmp_path, "--max_steps", "3", "--evaluate_during_training", "--eval_steps", "2"))
+    assert [line["step"] for line in log_of(tmp_path, "eval_dev_accuracy")] == [2, 3]
+
+
 def test_the_best_student_is_exported_beside_the_last(trained, tiny):  # noqa: F811
     rows = [line.split("\t") for line in lines(tiny.data / "dev.tsv")[1:]]
     batch = tiny_tokenizer()([row[1] for row in rows], [row[2] for row in rows], padding=True, return_tensors="pt")
@@ -435,7 +458,6 @@ def test_bf16_runs_to_finite_losses_and_exports_single_precision(tiny, tmp_path,
 
 def test_torch_compile_compiles_before_training(tiny, tmp_path, monkeypatch):  # noqa: F811
     compiled = []
-    monkeypatch.setattr(training, "compile_layers", compiled.append)
     monkeypatch.setattr(pipeline, "compile_layers", compiled.append)
     execute(flags(tiny, tmp_path, "--torch_compile", "--max_steps", "1"))
     [model] = compiled
@@ -508,6 +530,19 @@ def test_a_resumed_run_takes_the_predecessor_that_it_had_trained(tiny, whole_sto
     before = snapshot(tmp_path / "run" / "predecessor")
     execute(flags(tiny, tmp_path / "run", *STORY, "--resume", model=whole_story / "encoder"))
     assert snapshot(tmp_path / "run" / "predecessor") == before
+    assert_same_bits(weights_of(tmp_path / "run" / "student"), weights_of(whole_story / "run" / "student"))
+
+
+def test_a_run_stopped_while_the_predecessor_trained_can_be_resumed(tiny, whole_story, tmp_path):  # noqa: F811
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    words = flags(tiny, tmp_path / "run", *STORY, model=whole_story / "encoder")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_finetune_predecessor", stop)
+        with pytest.raises(KeyboardInterrupt):
+            execute(words)
+    execute([*words, "--resume"])
     assert_same_bits(weights_of(tmp_path / "run" / "student"), weights_of(whole_story / "run" / "student"))
 
 

@@ -48,6 +48,7 @@ def worker(rank: int, folder: str) -> None:
         torch.save(run(basis), f"{folder}/{basis}{rank}.pt")
     shared = {"share": share(range(5)), "exchange": exchange(torch.tensor([1.0 + rank, 10.0]).expand(2, 2).mT)}
     torch.save(shared, f"{folder}/shared{rank}.pt")
+    dist.barrier()  # neither closes its connection while the other still reads
     dist.destroy_process_group()
 
 

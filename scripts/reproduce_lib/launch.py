@@ -4,6 +4,7 @@ import fcntl
 import os
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,8 @@ def launch(
     executor = _executor(launcher, options, logs)
     waiting, running, failed = list(runs), {}, {}
     slots = list(range(jobs))
-    bar = tqdm(total=len(waiting), unit="run", dynamic_ncols=True, smoothing=0)
+    bar = tqdm(total=len(waiting), unit="run", dynamic_ncols=True, smoothing=0, disable=not waiting)
+    interval, drawn = (1 if sys.stderr.isatty() else 60), 0.0  # seconds; a log file gets a line a minute
     try:
         while waiting or running:
             for run in [run for run in waiting if any(need in failed for need in run.needs)]:
@@ -74,10 +76,13 @@ def launch(
                 run.folder.mkdir(parents=True, exist_ok=True)
                 job = executor.submit(execute, run.command(), run.folder, _environment(launcher, options, jobs, slot))
                 running[run] = (job, slot)
-            bar.set_postfix_str("running: " + ", ".join(run.title for run in running))
+            bar.set_postfix_str("running: " + ", ".join(run.title for run in running), refresh=False)
+            if time.monotonic() - drawn > interval:
+                bar.refresh()
+                drawn = time.monotonic()
             time.sleep(_POLL_SECONDS)
             for run, (job, slot) in list(running.items()):
-                if not (run.finished and launcher == "slurm") and not job.done():
+                if not job.done():
                     continue
                 del running[run]
                 slots.append(slot)
@@ -129,7 +134,7 @@ def _executor(launcher: str, options: Mapping[str, Any], logs: Path):
     # jobs import this module by name
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     try:
-        executor = submitit.AutoExecutor(folder=logs / "%j", cluster=launcher)
+        executor = submitit.AutoExecutor(folder=logs, cluster=launcher)
         if launcher == "local":
             executor.update_parameters(timeout_min=_NO_LIMIT_MINUTES)
         executor.update_parameters(**options)

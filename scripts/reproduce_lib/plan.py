@@ -23,6 +23,7 @@ class Script:
         dotted: `--cfg FILE KEY VALUE ...` instead of `--key value` flags (`true` is a bare flag there).
         seed, output: what its seed and its output folder are called.
         start: words for a first start in a folder that may hold the rest of a broken one.
+        checkpoint: the file that a folder has if `--resume` can continue there.
     """
 
     path: Path
@@ -30,11 +31,19 @@ class Script:
     seed: str = "--seed"
     output: str = "--output_dir"
     start: tuple[str, ...] = ()
+    checkpoint: str = "config.json"
 
 
 SCRIPTS = {
     "nlp": Script(ROOT / "nlp/BERT-of-Theseus/run_glue_SVD_losslayer.py", start=("--overwrite_output_dir",)),
-    "cv": Script(ROOT / "cv/train_svd.py", dotted=True, seed="SOLVER.SEED", output="OUTPUT_DIR"),
+    "cv": Script(
+        ROOT / "cv/train_svd.py",
+        dotted=True,
+        seed="SOLVER.SEED",
+        output="OUTPUT_DIR",
+        start=("--overwrite",),
+        checkpoint="checkpoint.pt",
+    ),
 }
 
 
@@ -66,10 +75,13 @@ class Run:
     def finished(self) -> bool:
         return (self.folder / "result.json").exists()
 
+    @property
+    def resumable(self) -> bool:
+        return (self.folder / self.script.checkpoint).exists()
+
     def command(self) -> list[str]:
         """The words to start it with: from its checkpoint where its folder has one, from the beginning otherwise."""
-        resume = (self.folder / "config.json").exists()
-        start = ("--resume",) if resume else self.script.start
+        start = ("--resume",) if self.resumable else self.script.start
         words = [sys.executable, short(self.script.path)]
         if self.script.dotted:  # KEY VALUE pairs come last; --cfg FILE stands first
             return [*words, *self.words[:2], *start, *self.words[2:]]
@@ -186,7 +198,7 @@ def _words(layers: list[Arguments], script: Script, where: str) -> Iterator[str]
     for key, value in arguments.items():
         texts = value if isinstance(value, list) else [value]
         if script.dotted:
-            yield from (key, *texts)
+            yield from (key, f"[{', '.join(value)}]" if isinstance(value, list) else value)
         elif texts == ["true"]:
             yield f"--{key}"
         elif texts != ["false"]:

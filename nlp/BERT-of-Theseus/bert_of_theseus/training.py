@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 from bert_of_theseus.metrics import compute
@@ -64,7 +65,8 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self._summed:
-            logs.update({name: (value / self._summed).item() for name, value in self._sums.items()})
+            for name, value in self._sums.items():
+                logs[name] = (self.accelerator.reduce(value, reduction="mean") / self._summed).item()
             self._sums, self._summed = {}, 0
             if self.dskd is not None:
                 effective = self.dskd.effective_directions().values()
@@ -72,6 +74,10 @@ class DistillationTrainer(Trainer):
             if isinstance(self.model, TheseusModel):
                 logs["replacing_probability"] = self.model.replacing_probability
         super().log(logs, *args, **kwargs)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
+        # the Trainer would group by length here, too, and return predictions in another order than the file's
+        return SequentialSampler(eval_dataset)
 
     def _evaluate(self, *args, **kwargs):  # evaluations in the midst of training, all sets together
         start = time.perf_counter()

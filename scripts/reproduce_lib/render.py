@@ -1,0 +1,104 @@
+"""A summary as Markdown, LaTeX and CSV."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from common.files import write_text
+from scripts.reproduce_lib.table import FOLDER, Table
+
+
+def render(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write `table.md`, `table.tex` and `table.csv`; returns their paths."""
+    shown = summary[summary["n"] > 0]
+    texts = {
+        "table.md": markdown(table, shown, rows),
+        "table.tex": latex(table, shown),
+        "table.csv": shown.to_csv(index=False, lineterminator="\n", float_format="%.6g"),
+    }
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [folder / name for name in texts]
+
+
+def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """One section per task, then what the columns mean and where the rows come from."""
+    parts = [f"# {table.title}", table.description]
+    for task in summary["task"].unique():
+        section = summary[summary["task"] == task]
+        metric = section["metric"].iloc[0]
+        parts += [f"## {task} ({metric})" if task else f"## {metric}", _markdown_table(_columns(section))]
+    control = table.cell(table.control).label
+    notes = [
+        "last: at the end of training; best: a run's best evaluation. Mean ± sample standard deviation over n seeds.",
+        f'Difference: last minus the last of the control, "{control}", seed by seed, with its 95% confidence interval; '
+        "p of a paired t-test, not corrected for the number of comparisons.",
+    ]
+    sources = summary.loc[summary["published"].notna(), "source"].unique()
+    if len(sources):
+        notes.append(f"Published elsewhere, not measured here: {'; '.join(sources)}.")
+    for column, text in (("device", "Measured on"), ("git_revision", "Revisions"), ("versions", "Versions")):
+        if column in rows:
+            found = [str(value) for value in rows[column].dropna().unique()]
+            notes.append(f"{text}: {'; '.join(found)}." if found else "")
+    name = table.path.stem if table.path.parent == FOLDER else table.path.name
+    command = f"`python scripts/reproduce.py {name}`"
+    notes.append(f"Every run is a row of [runs.csv](runs.csv); {command} makes them and this page.")
+    return "\n\n".join(filter(None, [*parts, "\n".join(f"- {note}" for note in notes if note)])) + "\n"
+
+
+def latex(table: Table, summary: pd.DataFrame) -> str:
+    """A booktabs table; `\\usepackage{booktabs}`."""
+    columns = _columns(summary)
+    if any(summary["task"]):
+        columns.insert(0, "Task", summary["task"].where(summary["task"].ne(summary["task"].shift()), ""))
+    text = columns.to_latex(
+        index=False,
+        escape=True,
+        column_format="".join("l" if name in ("Task", "Method") else "r" for name in columns),
+        caption=table.title,
+        label=f"tab:{table.name}",
+    )
+    return text.replace("±", r"$\pm$")
+
+
+def _columns(summary: pd.DataFrame) -> pd.DataFrame:
+    """What a reader sees, as text; columns that would be empty are left out."""
+    lines = [
+        {
+            "Method": line.label,
+            "n": str(line.n),
+            "last": _spread(line.last_mean, line.last_std),
+            "best": _spread(line.best_mean, line.best_std),
+            "difference [95% CI]": _interval(line),
+            "p": "" if math.isnan(line.p) else f"{line.p:.3f}" if line.p >= 0.001 else "< 0.001",
+            "published elsewhere": _number(line.published),
+        }
+        for line in summary.itertuples()
+    ]
+    columns = pd.DataFrame(lines)
+    return columns.loc[:, columns.ne("").any()]
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}"
+
+
+def _spread(mean: float, std: float) -> str:
+    return _number(mean) + (f" ± {std:.2f}" if not math.isnan(std) else "")
+
+
+def _interval(line) -> str:
+    if math.isnan(line.difference):
+        return ""
+    interval = "" if math.isnan(line.low) else f" [{line.low:+.2f}, {line.high:+.2f}]"
+    return f"{line.difference:+.2f}{interval}"
+
+
+def _markdown_table(columns: pd.DataFrame) -> str:
+    def line(cells) -> str:
+        return "| " + " | ".join(str(cell).replace("|", r"\|") for cell in cells) + " |"
+
+    rule = ["---" if name == "Method" else "---:" for name in columns]
+    return "\n".join([line(columns), line(rule), *(line(row) for row in columns.itertuples(index=False))])

@@ -1,0 +1,392 @@
+"""The runner of the tables, with a training script that takes no time."""
+
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from common.errors import UserError, run_cli
+from scripts import reproduce
+from scripts.reproduce_lib import launch as launching
+from scripts.reproduce_lib.plan import ROOT, SCRIPTS, plan
+from scripts.reproduce_lib.summary import paired_difference
+from scripts.reproduce_lib.table import FOLDER, load_table
+
+SCRIPT = """
+import argparse, json, pathlib, sys, time
+parser = argparse.ArgumentParser()
+for name in ("output_dir", "init", "data"):
+    parser.add_argument("--" + name, type=pathlib.Path)
+parser.add_argument("--seed", type=int)
+parser.add_argument("--last", type=float, nargs="+", default=[0.0])
+parser.add_argument("--fail", action="store_true")
+parser.add_argument("--hang", action="store_true")
+parser.add_argument("--seconds", type=float, default=0)
+parser.add_argument("--resume", action="store_true")
+args = parser.parse_args()
+with open(args.output_dir / "starts.txt", "a") as file:
+    file.write("resume\\n" if args.resume else "start\\n")
+(args.output_dir / "config.json").write_text("{}")
+if args.init and not (args.init / "result.json").exists():
+    sys.exit("nothing to start from")
+if args.fail:
+    sys.exit("the reason of the failure")
+time.sleep(600 if args.hang and not args.resume else args.seconds)
+last = args.last[(args.seed - 1) % len(args.last)]
+result = dict(metric="accuracy", last=last, best=last + 1, dskd=dict(rank=32) if args.init else None, seed=args.seed,
+              folder=str(args.output_dir.absolute()), command=" ".join(sys.argv), versions=dict(python="3"))
+(args.output_dir / "result.json").write_text(json.dumps(result))
+"""
+
+TABLE = """
+table: fake
+title: A fake table
+script: fake.py
+control: first
+placeholders: {data: data/none}
+base: {data: "{data}/x"}
+cells:
+  first: {label: First, args: {last: [1, 2, 3]}}
+  second:
+    label: Second
+    needs: first
+    args: {last: [2, 4, 6], init: "{first}"}
+    published: {value: 7.5, source: A paper}
+smoke: {last: 9}
+"""
+
+
+class _Finished:
+    """A job that has ended by the time it is submitted, in the place of submitit's."""
+
+    def done(self) -> bool:
+        return True
+
+    def stderr(self) -> str:
+        return ""
+
+
+class _AtOnce:
+    def submit(self, function, *args) -> _Finished:
+        function(*args)
+        return _Finished()
+
+
+@pytest.fixture
+def write_table(tmp_path):
+    (tmp_path / "fake.py").write_text(SCRIPT)
+
+    def write(text: str = TABLE) -> Path:
+        path = tmp_path / "fake.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run(tmp_path, write_table, monkeypatch):
+    """`run(*flags, table=text)` runs the command line in this process and returns its exit code."""
+    monkeypatch.setattr(launching, "_executor", lambda *_: _AtOnce())
+
+    def run(*flags: str, table: str = TABLE) -> int:
+        folders = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", str(write_table(table)), *folders, *map(str, flags)])
+        try:
+            run_cli(reproduce.main)
+        except SystemExit as error:
+            return error.code
+        return 0
+
+    run.runs, run.results = tmp_path / "runs", tmp_path / "results" / "fake"
+    return run
+
+
+def starts(folder: Path) -> dict[str, list[str]]:
+    """Cell and seed -> how it was started, in turn."""
+    return {
+        file.parent.name.rsplit("-", 1)[0]: file.read_text().split() for file in sorted(folder.glob("*/starts.txt"))
+    }
+
+
+def error_of(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        plan(load_table(path), {}, 1, path.parent)
+    return str(caught.value)
+
+
+def test_dry_run_prints_every_command_and_runs_nothing(run, capsys):
+    assert run("--seeds", 2, "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("#")] == [
+        "# first seed 1: to run",
+        "# second seed 1: to run",
+        "# first seed 2: to run",
+        "# second seed 2: to run",
+    ]
+    assert shlex.split(lines[1])[2:6] == ["--data", "data/none/x", "--last", "1"]
+    assert not run.runs.exists()
+    assert not run.results.exists()
+
+
+def test_a_finished_cell_is_not_run_again(run):
+    assert run("--seeds", 1) == 0
+    assert run("--seeds", 2) == 0
+    assert starts(run.runs) == {
+        name: ["start"] for name in ("first-seed1", "first-seed2", "second-seed1", "second-seed2")
+    }
+
+
+def test_a_changed_command_runs_again_together_with_what_starts_from_it(run):
+    run("--seeds", 1)
+    before = {path.name for path in run.runs.glob("*-seed1-*")}
+    run("--seeds", 1, table=TABLE.replace("[1, 2, 3]", "[5, 2, 3]"))
+    added = {path.name for path in run.runs.glob("*-seed1-*")} - before
+    assert sorted(name.rsplit("-", 1)[0] for name in added) == ["first-seed1", "second-seed1"]
+    assert pd.read_csv(run.results / "runs.csv")["last"].tolist() == [5, 2]
+
+
+def test_the_folder_does_not_depend_on_where_the_runs_are_kept(write_table, tmp_path):
+    table = load_table(write_table())
+    names = [[run.folder.name for run in plan(table, {}, 1, tmp_path / place)] for place in ("here", "there")]
+    assert names[0] == names[1]
+
+
+def test_a_failed_cell_is_reported_and_does_not_stop_the_others(run, capsys):
+    third = "  third: {label: Third, args: {last: 4}}\nsmoke:"
+    failing = TABLE.replace("args: {last: [1, 2, 3]}", "args: {fail: true}").replace("smoke:", third)
+    assert run("--seeds", 1, table=failing) == 1
+    output = capsys.readouterr().out
+    assert "first seed 1: failed" in output
+    assert "the reason of the failure" in output
+    assert "exit code 1" in output
+    assert "second seed 1: not run: it needs first seed 1" in output
+    assert pd.read_csv(run.results / "runs.csv")["cell"].tolist() == ["third"]
+
+
+def test_a_cell_gets_the_folder_of_the_cell_that_it_needs_of_the_same_seed(write_table, tmp_path):
+    runs = {(run.cell, run.seed): run for run in plan(load_table(write_table()), {}, 2, tmp_path)}
+    words = runs["second", 2].command()
+    assert words[words.index("--init") + 1] == str(runs["first", 2].folder)
+
+
+def test_cells_that_were_asked_for_bring_what_they_need(run):
+    assert run("--seeds", 1, "--cells", "second") == 0
+    assert starts(run.runs) == {"first-seed1": ["start"], "second-seed1": ["start"]}
+
+
+def test_tasks_cells_and_smoke_refine_the_arguments_in_this_order(write_table, tmp_path):
+    text = """
+table: layered
+title: Layers
+script: fake.py
+control: one
+base: {a: base, b: base, c: base, d: base, e: base}
+tasks:
+  A: {args: {b: task, c: task, d: task, e: task}, values: {x: 0.5}}
+cells:
+  one: {label: One, args: {c: "{task} {x}", d: cell, e: cell}, smoke: {e: "null"}}
+smoke: {d: smoke, e: smoke}
+"""
+    (run,) = plan(load_table(write_table(text)), {}, 1, tmp_path, smoke=True)
+    assert run.words[:-4] == ("--a", "base", "--b", "task", "--c", "A 0.5", "--d", "smoke")
+    assert run.folder.name.startswith("A-one-seed1-")
+
+
+def test_an_unfinished_run_with_a_checkpoint_is_resumed(write_table, tmp_path):
+    first = plan(load_table(write_table()), {}, 1, tmp_path)[0]
+    assert "--resume" not in first.command()
+    first.folder.mkdir()
+    (first.folder / "config.json").touch()
+    assert first.command()[-1] == "--resume"
+
+
+def test_paired_difference_matches_the_hand_computed_test():
+    found = paired_difference(pd.Series({1: 2.0, 2: 4.0, 3: 6.0}), pd.Series({1: 1.0, 2: 2.0, 3: 3.0}))
+    t = 2 / (1 / math.sqrt(3))  # differences 1, 2, 3: mean 2, standard deviation 1
+    assert found["difference"] == pytest.approx(2)
+    assert found["p"] == pytest.approx(1 - t / math.sqrt(t**2 + 2))  # Student's t with 2 degrees of freedom
+    quantile = 0.95 * math.sqrt(2 / (1 - 0.95**2))  # its 97.5% quantile, 4.303
+    assert (found["low"], found["high"]) == pytest.approx((2 - quantile / math.sqrt(3), 2 + quantile / math.sqrt(3)))
+
+
+def test_only_seeds_of_both_are_paired():
+    found = paired_difference(pd.Series({1: 2.0, 2: 5.0, 4: 9.0}), pd.Series({1: 1.0, 2: 2.0, 3: 3.0}))
+    assert (found["difference"], found["pairs"]) == (2.0, 2)
+
+
+def test_one_pair_has_a_difference_and_no_interval():
+    found = paired_difference(pd.Series({1: 2.0}), pd.Series({1: 1.0}))
+    assert found["difference"] == 1.0
+    assert math.isnan(found["low"])
+    assert math.isnan(found["p"])
+
+
+def test_tables_and_plots_show_the_summary(run):
+    assert run("--seeds", 3) == 0
+    markdown = (run.results / "table.md").read_text()
+    assert "| Second | 3 | 4.00 ± 2.00 | 5.00 ± 2.00 | +2.00 [-0.48, +4.48] | 0.074 | 7.50 |" in markdown
+    assert "Published elsewhere, not measured here: A paper." in markdown
+    assert r"Second & 3 & 4.00 $\pm$ 2.00" in (run.results / "table.tex").read_text()
+    second = pd.read_csv(run.results / "table.csv").set_index("cell").loc["second"]
+    assert (second["n"], second["last_mean"], second["last_std"], second["published"]) == (3, 4.0, 2.0, 7.5)
+    assert (run.results / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert "Second" in (run.results / "table.svg").read_text()
+
+
+def test_the_same_rows_give_the_same_files(run):
+    run("--seeds", 2)
+    before = {path.name: path.read_bytes() for path in run.results.iterdir()}
+    run("--seeds", 2, "--render-only")
+    assert {path.name: path.read_bytes() for path in run.results.iterdir()} == before
+
+
+def test_scale_applies_to_tables_and_not_to_rows(run):
+    run("--seeds", 2, table=TABLE + "scale: 100\n")
+    assert "| First | 2 | 150.00 ± 70.71 |" in (run.results / "table.md").read_text()
+    assert pd.read_csv(run.results / "runs.csv")["last"].tolist() == [1, 2, 2, 4]
+
+
+def test_rows_hold_no_absolute_path(run, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    assert run("--seeds", 1, "--set", f"data={tmp_path / 'corpus'}") == 0
+    text = (run.results / "runs.csv").read_text()
+    assert str(tmp_path) not in text
+    assert str(ROOT) not in text
+    row = pd.read_csv(run.results / "runs.csv", dtype=str).iloc[1]
+    assert row["command"] == (
+        "python fake.py --data {data}/x --last 2 4 6 --init {first} --seed 1 --output_dir {output}"
+    )
+    assert row["placeholders"] == "data=corpus"
+    assert row["dskd.rank"] == "32"
+
+
+def test_rows_of_fewer_seeds_keep_the_rows_of_the_others(run):
+    run("--seeds", 3)
+    run("--seeds", 1)
+    assert len(pd.read_csv(run.results / "runs.csv")) == 6
+
+
+def test_rows_whose_folders_are_gone_count_as_finished_only_if_asked(run, tmp_path):
+    run("--seeds", 2)
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    assert run("--seeds", 3, "--keep-rows") == 0
+    assert starts(run.runs) == {"first-seed3": ["start"], "second-seed3": ["start"]}
+    assert len(pd.read_csv(run.results / "runs.csv")) == 6
+    assert run("--seeds", 1) == 0
+    assert pd.read_csv(run.results / "runs.csv")["seed"].tolist() == [1, 1, 3, 3]
+
+
+def test_a_smoke_run_writes_outside_of_results(write_table, monkeypatch, tmp_path):
+    monkeypatch.setattr(launching, "_executor", lambda *_: _AtOnce())
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", str(write_table()), "--smoke"])
+    reproduce.main()
+    rows = pd.read_csv(tmp_path / "outputs/reproduce-smoke/results/fake/runs.csv")
+    assert rows["last"].tolist() == [9, 9]
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "message"),
+    [
+        ("titel: A fake table", "title: A fake table", "fake.yaml: unknown key 'titel'; did you mean 'title'?"),
+        ("needs: frist", "needs: first", "cells.second.needs: unknown cell 'frist'; did you mean 'first'?"),
+        ("needs: second", "needs: first", "cells.second.needs: 'second' must stand above 'second'"),
+        ("control: frist", "control: first", "control: unknown cell 'frist'; did you mean 'first'?"),
+        ('"{dta}/x"', '"{data}/x"', "unknown placeholder {dta}; did you mean 'data'?"),
+        ("script: fke.py", "script: fake.py", "script: there is no file 'fke.py'"),
+        ("{label: First, lable: x,", "{label: First,", "cells.first: unknown key 'lable'; did you mean 'label'?"),
+        ("value: much", "value: 7.5", "cells.second.published.value: 'much' is no number"),
+        ("{last: 9, last: 8}", "{last: 9}", "line 15: the key 'last' occurs twice"),
+    ],
+)
+def test_a_mistake_in_a_table_file_names_the_key_and_what_is_near(write_table, wrong, right, message):
+    assert right in TABLE
+    assert message in error_of(write_table(TABLE.replace(right, wrong)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["glue_ret", "--dry-run"], "unknown table 'glue_ret'; did you mean 'glue_rte'?"),
+        (["glue_rte", "--set", "modle=x"], "--set modle: glue_rte.yaml has no such placeholder; did you mean 'model'?"),
+        (["glue_rte", "--set", "model"], "'model' is not KEY=VALUE"),
+        (["glue_rte", "--cells", "theseos"], "--cells: glue_rte.yaml has no 'theseos'; did you mean 'theseus'?"),
+        (["glue_rte", "--seeds", "0"], "'0' is not a whole number above 0"),
+        (["glue_rte", "--slurm", "partition=gpu"], "--slurm needs --launcher slurm"),
+        (["glue_rte", "--launcher", "slurm", "--output", "{tmp}"], "--launcher slurm: "),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(flags, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PATH", "")  # no Slurm
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *(flag.replace("{tmp}", str(tmp_path)) for flag in flags)])
+    with pytest.raises(SystemExit) as caught:
+        run_cli(reproduce.main)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_scripts_accept_every_command_of_every_table(path, smoke, tmp_path):
+    from bert_of_theseus.arguments import parse_arguments
+    from cv.config import load_config
+
+    for run in plan(load_table(path), {}, 1, tmp_path, smoke=smoke):
+        if run.script is SCRIPTS["nlp"]:
+            assert parse_arguments(run.command()[2:]).output_dir == str(run.folder)
+        elif run.script is SCRIPTS["cv"]:
+            assert load_config(run.words[1], run.words[2:]).OUTPUT_DIR
+
+
+def test_a_command_outlives_its_killed_launcher_and_nobody_starts_it_twice(write_table, tmp_path):
+    text = TABLE.replace("args: {last: [1, 2, 3]}", "args: {seconds: 2}")
+    first = plan(load_table(write_table(text)), {}, 1, tmp_path)[0]
+    first.folder.mkdir()
+    code = "import sys; from pathlib import Path; from scripts.reproduce_lib.launch import execute\n"
+    code += f"execute({first.command()!r}, Path({str(first.folder)!r}), {{}})"
+    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    _wait_for(first.folder / "starts.txt")
+    launcher.kill()
+    launcher.wait()
+    assert not first.finished
+    launching.execute(first.command(), first.folder, {})
+    assert first.finished
+    assert (first.folder / "starts.txt").read_text().split() == ["start"]
+
+
+def test_a_terminated_runner_ends_its_jobs_and_resumes_them_later(write_table, tmp_path):
+    text = TABLE.replace("args: {last: [1, 2, 3]}", "args: {hang: true}")
+    folders = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    command = [sys.executable, "scripts/reproduce.py", str(write_table(text)), "--seeds", "2", "--jobs", "2", *folders]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    runner = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    first = {run.seed: run for run in plan(load_table(tmp_path / "fake.yaml"), {}, 2, tmp_path / "runs")[::2]}
+    for run in first.values():  # both at once: --jobs 2
+        _wait_for(run.folder / "config.json")
+    runner.send_signal(signal.SIGTERM)
+    assert runner.wait(timeout=20) == 130
+    assert not any(run.finished for run in first.values())
+    # the next runner gets the lock of the folders only if the jobs have ended
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert "4 runs in" in again.stdout
+    assert starts(tmp_path / "runs")["first-seed1"] == ["start", "resume"]
+    assert json.loads((first[2].folder / "result.json").read_text())["seed"] == 2
+
+
+def _wait_for(path: Path, seconds: float = 40) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"{path.name} did not appear"
+        time.sleep(0.05)
