@@ -27,7 +27,12 @@ def right_singular(matrix: Tensor, driver: str) -> tuple[Tensor, Tensor]:
 
 def inner_product(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """sum <D, W> over lists of tensors, each pair of one shape and memory layout."""
-    return torch.stack([torch.dot(flat(D), flat(W.to(D.dtype))) for D, W in zip(gradients, weights, strict=True)]).sum()
+    return torch.stack(
+        [
+            (torch.dot(flat(D), flat(W.to(D.dtype))) if D.stride() == W.stride() else (D * W).sum())
+            for D, W in zip(gradients, weights, strict=True)
+        ]
+    ).sum()
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ sigma_i u_i is W v_i, which stays accurate where sigma_i is tiny.
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -37,6 +38,18 @@ BASES = ("own", "update")
 DIRECTIONS = ("sensitive", "plain", "random")
 
 
+def _without_autocast(function):
+    """Mixed precision must not reach the method's products of matrices."""
+
+    @wraps(function)
+    def wrapped(first, *args, **kwargs):
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return wrapped
+
+
+@_without_autocast
 def direction_sensitivity(update: Tensor, grad: Tensor, alpha: float, driver: str = "svd") -> Tensor:
     """Sensitivity J of every singular direction of a parameter update (method.md, steps 1 to 3).
 
@@ -95,6 +108,7 @@ def select_directions(scores: Tensor, rank: int) -> Tensor:
     return torch.zeros_like(scores).scatter(-1, index, weights)
 
 
+@_without_autocast
 def low_rank_alignment(student: Tensor, teacher: Tensor, weights: Tensor, driver: str = "svd") -> Tensor:
     """Alignment loss of the reading `own`: || W~_s - W~_t ||_F^2 with W~ = sum_i sqrt(w_i) sigma_i u_i v_i^T.
 
@@ -120,6 +134,7 @@ def low_rank_alignment(student: Tensor, teacher: Tensor, weights: Tensor, driver
     return _OwnAlignment.apply(student_mn, _low_rank(teacher_mn, V_nr, root_r), root_r, driver)
 
 
+@_without_autocast
 def update_alignment(student: Tensor, teacher: Tensor, weights: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Alignment loss of the reading `update`: sum_i w_i (u_i^T (W_s - W_t) v_i)^2 along the directions of an update.
 
@@ -201,11 +216,12 @@ class _Group:
     def __init__(self, names: list[str], students: list[Tensor], teachers: list[Tensor]):
         self.names, self.students, self.teachers = names, students, teachers
         self.m, self.r = tall(as_matrix(students[0])).shape
+        self.dtype = working(students[0].detach()).dtype
         self.teacher_V: Tensor | None = None
         self.weights = self.left = self.right = None  # None: no refresh has chosen directions yet
 
     def stack(self, tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-        return torch.stack([tall(working(as_matrix(tensors[i].detach()))) for i in rows])
+        return torch.stack([tall(working(as_matrix(tensors[i].detach()))) for i in rows]).to(self.dtype)
 
 
 class DirectionSensitivityLoss:
@@ -265,12 +281,14 @@ class DirectionSensitivityLoss:
         self.rank, self.svd_steps, self.grad_steps = rank, svd_steps, grad_steps
         self.basis, self.driver, self.direction = basis, driver, direction
         self.steps = 0  # optimizer steps seen
+        self._names = [name for name, _, _ in pairs]
         self._students = [student for _, student, _ in pairs]
         self._groups = _group_by_shape(pairs)
         self._held: tuple[Tensor, list[Tensor]] | None = None  # constant, gradients D / pairs
         self._held_since = 0
         self._postponed = False
         self._warned = False
+        self._seed = torch.initial_seed()  # of the run, which the random control arm follows
 
     def __call__(self) -> Tensor:
         """The loss, a scalar in the working precision; its gradient goes to the student's weights."""
@@ -285,10 +303,18 @@ class DirectionSensitivityLoss:
     def observe(self, progress: float, skip: Collection[str] = ()) -> Iterator[None]:
         """Bracket one optimizer step, which must be taken inside.
 
+        In a distributed run `skip` and which weights have a gradient must be the same on every rank.
+
         Args:
             progress: alpha, optimizer steps done / planned, in [0, 1].
             skip: names of pairs that got no gradient from the task in this step; they keep their directions.
+
+        Raises:
+            ValueError: progress out of range, or a name in `skip` that is no pair's.
         """
+        unknown = set(skip) - set(self._names)
+        if unknown:
+            raise ValueError(f"skip names no pair: {', '.join(sorted(unknown))}")
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress must lie in [0, 1], got {progress}")
         due = self._postponed or (self.steps + 1) % self.svd_steps == 0
@@ -298,7 +324,8 @@ class DirectionSensitivityLoss:
         yield
         self.steps += 1
         if due:
-            self._postponed = not self._choose_directions(before, grads, progress, set(skip))
+            with torch.autocast(self._students[0].device.type, enabled=False):
+                self._postponed = not self._choose_directions(before, grads, progress, set(skip))
         if (due and not self._postponed) or self.steps - self._held_since >= self.grad_steps:
             self._held = None
 
@@ -322,18 +349,25 @@ class DirectionSensitivityLoss:
     def state_dict(self) -> dict:
         """All that a resumed run needs to continue bit for bit: counters, directions, the held gradient."""
         groups = [{"weights": g.weights, "left": g.left, "right": g.right} for g in self._groups]
-        names = [group.names for group in self._groups]
+        pairs = {name: list(W.shape) for name, W in zip(self._names, self._students, strict=True)}
         counters = {"steps": self.steps, "held_since": self._held_since, "postponed": self._postponed}
-        return {"names": names, "counters": counters, "groups": groups, "held": self._held}
+        settings = {"rank": self.rank, "basis": self.basis, "direction": self.direction}
+        return {"pairs": pairs, "settings": settings, "counters": counters, "groups": groups, "held": self._held}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict()`; the pairs must have the same names and shapes, or a ValueError says so."""
-        if state["names"] != [group.names for group in self._groups]:
+        if list(state["pairs"]) != self._names:
             raise ValueError("the saved DSKD state belongs to other layer pairs")
+        for name, W in zip(self._names, self._students, strict=True):
+            if state["pairs"][name] != list(W.shape):
+                raise ValueError(
+                    f"the saved DSKD state has the shape {state['pairs'][name]} for {name}, not {shape_of(W)}"
+                )
+        for key, value in state["settings"].items():
+            if value != getattr(self, key):
+                raise ValueError(f"the saved DSKD state has {key} {value}, not {getattr(self, key)}")
         for group, saved in zip(self._groups, state["groups"], strict=True):
             for key, value in saved.items():
-                if key == "weights" and value is not None and value.shape != (len(group.names), group.r):
-                    raise ValueError(f"the saved DSKD state has another shape for {group.names[0]}")
                 setattr(group, key, _like(value, group.students[0]))
         self.steps = state["counters"]["steps"]
         self._held_since = state["counters"]["held_since"]
@@ -366,6 +400,8 @@ class DirectionSensitivityLoss:
                 warnings.warn("DSKD: a gradient or update is not finite; its directions stay as they are", stacklevel=4)
                 self._warned = True
             return False
+        if not torch.stack([dW.any() for dW in updates]).any():
+            return False  # a scaler left the step out
         by_student = {id(W): (dW, G) for W, dW, G in zip(self._students, updates, grads, strict=True)}
         for group in self._groups:
             dW, G = zip(*(by_student[id(W)] for W in group.students), strict=True)
@@ -397,6 +433,7 @@ class DirectionSensitivityLoss:
             )
             if mine:
                 left[rows], right[rows] = self._directions(update_mn, fresh[rows])
+            group.left, group.right = group.left.clone(), group.right.clone()  # saved states keep the former
             group.left[moved], group.right[moved] = exchange(left), exchange(right)
         group.weights = weights
 
@@ -416,7 +453,7 @@ class DirectionSensitivityLoss:
     def _expand(self) -> tuple[Tensor, list[Tensor]]:
         """The exact loss and gradient at the present weights, as the expansion that `_HeldGradient` evaluates."""
         count = len(self._students)
-        total, by_student = 0.0, {}
+        total, by_name = 0.0, {}
         with torch.autocast(self._students[0].device.type, enabled=False):
             for group in self._groups:
                 mine = share(range(len(group.names)))
@@ -432,11 +469,11 @@ class DirectionSensitivityLoss:
                 gradients = exchange(gradients) / count
                 if self.direction != "sensitive":
                     gradients = self._redirected(group, gradients)
-                for W, D in zip(group.students, gradients, strict=True):
+                for name, W, D in zip(group.names, group.students, gradients, strict=True):
                     D = D if as_matrix(W).shape == D.shape else D.mT
                     # the layout of the weight (channels_last, say), so that inner products need no copy
-                    by_student[id(W)] = torch.empty_like(W.detach(), dtype=D.dtype).copy_(D.reshape(W.shape))
-        gradients = [by_student[id(W)] for W in self._students]
+                    by_name[name] = torch.empty_like(W.detach(), dtype=D.dtype).copy_(D.reshape(W.shape))
+        gradients = [by_name[name] for name in self._names]
         return total - inner_product(gradients, [W.detach() for W in self._students]), gradients
 
     def _redirected(self, group: _Group, gradients: Tensor) -> Tensor:
@@ -445,7 +482,7 @@ class DirectionSensitivityLoss:
         if self.direction == "plain":
             other = group.stack(group.students, everyone) - group.stack(group.teachers, everyone)
         else:  # a function of the step, so that ranks agree and resumed runs repeat
-            generator = torch.Generator().manual_seed(1000 * self.steps + self._groups.index(group))
+            generator = torch.Generator().manual_seed(hash((self._seed, self.steps, self._groups.index(group))) % 2**63)
             other = torch.randn(gradients.shape, generator=generator, dtype=gradients.dtype).to(gradients.device)
         wanted, norm = (torch.linalg.matrix_norm(each, keepdim=True) for each in (gradients, other))
         return other * (wanted / torch.where(norm > 0, norm, 1.0))

@@ -32,7 +32,7 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
-from bert_of_theseus import pipeline
+from bert_of_theseus import loading, pipeline
 from bert_of_theseus.training import METHOD_STATE, DistillationTrainer, last_checkpoint
 from common.errors import run_cli
 
@@ -749,7 +749,7 @@ def test_a_run_that_diverges_says_so(own, complaint):
 
 
 def test_lower_casing_that_the_tokenizer_does_not_do_is_refused(own, complaint, monkeypatch):
-    monkeypatch.setattr(pipeline.AutoTokenizer, "from_pretrained", lambda *_, **__: tiny_tokenizer(do_lower_case=False))
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda *_, **__: tiny_tokenizer(do_lower_case=False))
     assert "--do_lower_case has no effect on the tokenizer" in complaint([*own.words, "--do_lower_case"])
 
 

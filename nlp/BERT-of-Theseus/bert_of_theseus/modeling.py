@@ -132,8 +132,15 @@ class TheseusModel(nn.Module):
 
     def successor(self) -> nn.Module:
         """The compressed model, a plain transformers model: the predecessor's other parts and the successor layers."""
-        student = copy.deepcopy(self.model)
-        return with_layers(student, [module.successor for module in encoder_layers(student)])
+        encoder = self.model.base_model.encoder
+        modules = encoder.layer
+        encoder.layer = nn.ModuleList(module.successor for module in modules)
+        try:  # the predecessor's layers need not be copied
+            student = copy.deepcopy(self.model)
+        finally:
+            encoder.layer = modules
+        student.config.num_hidden_layers = len(modules)
+        return student
 
     def _draw(self) -> list[bool]:
         draws = torch.rand(len(self.theseus_modules), generator=self.generator)

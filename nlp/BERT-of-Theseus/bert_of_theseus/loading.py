@@ -1,0 +1,91 @@
+"""Data, tokenizer and model of a run, with what can be wrong about them said in one line."""
+
+import argparse
+
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from bert_of_theseus.data import load_task_data, selection_split
+from bert_of_theseus.modeling import encoder_layers
+from bert_of_theseus.tasks import Task, custom_task, get_task
+from common.errors import UserError
+from common.pairing import last_of_group
+
+
+def load_data(args: argparse.Namespace) -> tuple[dict, Task]:
+    """(set name -> examples, the task with its labels) of what the command line asks for."""
+    custom = args.task_name.lower() == "custom"
+    task = custom_task(args.text_columns, args.label_column, args.regression) if custom else get_task(args.task_name)
+    sets = []
+    # a custom task's classes are those of its training file
+    sets += ["train"] if args.do_train or (args.train_file and not task.labels) else []
+    sets += task.dev_sets if args.do_eval else []
+    sets += task.test_sets if args.do_predict else []
+    files = {"train_file": args.train_file, "dev_file": args.dev_file, "test_file": args.test_file} if custom else {}
+    data = load_task_data(task, args.data_dir, sets=sets, cache_dir=args.cache_dir, **files)
+    task = next(iter(data.values())).task
+    if args.selection_split:
+        data["train"], data["selection"] = selection_split(data["train"], args.selection_split, args.seed)
+    return data, task
+
+
+def load_model(args: argparse.Namespace, task: Task):
+    """Tokenizer and model from a folder or the hub."""
+    name = args.model_name_or_path
+    lower = {"do_lower_case": True} if args.do_lower_case else {}
+    labels = {} if task.regression else {"id2label": dict(enumerate(task.labels))}
+    if labels:
+        labels["label2id"] = {label: i for i, label in labels["id2label"].items()}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=args.cache_dir, **lower)
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            name, cache_dir=args.cache_dir, num_labels=task.num_outputs, output_loading_info=True, **labels
+        )
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"--model_name_or_path {name}: its classifier does not have the {task.num_outputs} output(s) of "
+            f"{task.name}; give a model fine-tuned on that task, or a pretrained one"
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--model_name_or_path {name} cannot be loaded: {reason} Give a folder with config.json, "
+            "model.safetensors and a tokenizer, or a hub name that can be downloaded."
+        ) from error
+    if args.do_lower_case and tokenizer.tokenize("Read THE Text") != tokenizer.tokenize("read the text"):
+        raise UserError(f"--do_lower_case has no effect on the tokenizer of {name}, which tells cases apart")
+    check_layers(args, len(encoder_layers(model)))
+    fresh = [key for key in loading["missing_keys"] if key.startswith("classifier")]
+    trains_classifier = args.finetune_predecessor or (args.do_train and args.method == "finetune")
+    if fresh and not trains_classifier:
+        print(
+            f"warning: {name} is not fine-tuned on {task.name} (its classifier is newly initialised), so there is "
+            "nothing to compress yet; --finetune_predecessor trains it first",
+            flush=True,
+        )
+    return tokenizer, model.float()  # a checkpoint in half precision would otherwise be trained in it
+
+
+def check_layers(args: argparse.Namespace, layers: int) -> None:
+    count = args.num_successor_layers
+    if not args.do_train or (args.method == "finetune" and not count):
+        return
+    if args.method == "theseus" or args.if_svd:
+        try:
+            last_of_group(layers, count or half(layers))
+        except UserError as error:
+            raise UserError(f"--num_successor_layers: {error}") from None
+    elif count > layers:
+        raise UserError(f"--num_successor_layers {count}: the model has {layers} layers")
+
+
+def half(layers: int) -> int:
+    return max(layers // 2, 1)
+
+
+def max_length(args: argparse.Namespace, model) -> int:
+    positions = getattr(model.config, "max_position_embeddings", args.max_seq_length)
+    if args.max_seq_length > positions:
+        raise UserError(f"--max_seq_length {args.max_seq_length}: the model takes {positions} tokens at most")
+    return args.max_seq_length
