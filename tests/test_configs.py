@@ -135,7 +135,7 @@ def test_the_recipe_of_the_literature(path):
     cfg = load_config(str(path))
     solver = cfg.SOLVER
     slow = cfg.DISTILLER.TYPE == "expkd" and cfg.DISTILLER.STUDENT != "resnet20"
-    assert (solver.EPOCHS, solver.BATCH_SIZE, solver.LR) == (240, 64, 0.01 if slow else 0.05)
+    assert (240, 64, 0.01 if slow else 0.05) == (solver.EPOCHS, solver.BATCH_SIZE, solver.LR)
     assert (solver.LR_DECAY_STAGES, solver.LR_DECAY_RATE) == ([150, 180, 210], 0.1)
     assert (solver.MOMENTUM, solver.WEIGHT_DECAY) == (0.9, 5e-4)
     assert cfg.DATASET.AUGMENT
