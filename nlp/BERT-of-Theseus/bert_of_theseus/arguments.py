@@ -7,6 +7,7 @@ from common.errors import UserError
 
 _ONLY_WITH_DSKD = ("lambda_size", "rank_size", "svd_steps", "grad_steps", "basis", "svd_driver", "direction")
 _ONLY_WITH_THESEUS = ("replacing_rate", "scheduler_type", "scheduler_linear_k", "steps_for_replacing")
+_ONLY_WITH_KD = ("kd_alpha", "kd_temperature")
 _ONLY_WITH_PREDECESSOR = ("predecessor_num_train_epochs", "predecessor_learning_rate")
 _ONLY_WITH_CUSTOM = ("train_file", "dev_file", "test_file", "text_columns", "label_column", "regression")
 _TRAINING_GROUPS = ("method", "DSKD", "training", "evaluation, checkpoints and logs")
@@ -68,12 +69,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     method = parser.add_argument_group("method")
-    method.add_argument("--method", choices=("theseus", "finetune"), default="theseus", help="see the README")
+    method.add_argument(
+        "--method",
+        choices=("theseus", "finetune", "kd", "pkd"),
+        default="theseus",
+        help="theseus: module replacing; finetune: the model itself, or its first layers; kd, pkd: its first layers "
+        "with the model's logits, and for pkd its hidden states, as targets",
+    )
     method.add_argument(
         "--num_successor_layers",
         type=_at_least(int, 1),
-        help="layers of the student (default: half of the model's for theseus, all of them for finetune, which "
-        "otherwise keeps the first ones)",
+        help="layers of the student, which starts from the model's first ones (default: half of the model's; all of "
+        "them for finetune)",
     )
     method.add_argument(
         "--replacing_rate", type=_probability, default=0.3, help="probability of replacing at the start"
@@ -86,6 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=0,
         help="with --scheduler_type constant: steps after which all modules are replaced (0: never)",
     )
+    method.add_argument("--kd_alpha", type=_probability, default=0.5, help="kd, pkd: weight of the logits, 1 - task's")
+    method.add_argument("--kd_temperature", type=_positive, default=10.0, help="kd, pkd: temperature of the softmaxes")
+    method.add_argument("--pkd_beta", type=_positive, default=100.0, help="pkd: weight of the hidden states")
     method.add_argument(
         "--finetune_predecessor", action="store_true", help="first train the model itself on the task (all layers)"
     )
@@ -200,6 +210,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         refuse(_ONLY_WITH_DSKD, "needs --ifsvd")
     if args.method != "theseus":
         refuse(_ONLY_WITH_THESEUS, f"has no effect with --method {args.method}")
+    if args.method not in ("kd", "pkd"):
+        refuse(_ONLY_WITH_KD, f"has no effect with --method {args.method}")
+    if args.method != "pkd":
+        refuse(("pkd_beta",), f"has no effect with --method {args.method}")
     if args.method == "finetune" and args.if_svd and not args.num_successor_layers:
         raise UserError(
             "--ifsvd with --method finetune needs --num_successor_layers: a student smaller than its teacher"

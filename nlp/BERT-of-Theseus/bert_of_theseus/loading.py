@@ -68,10 +68,11 @@ def load_model(args: argparse.Namespace, task: Task):
 
 
 def check_layers(args: argparse.Namespace, layers: int) -> None:
+    """Refuse a number of student layers that the method cannot make from the model's (UserError)."""
     count = args.num_successor_layers
     if not args.do_train or (args.method == "finetune" and not count):
         return
-    if args.method == "theseus" or args.if_svd:
+    if args.method != "finetune" or args.if_svd:
         try:
             last_of_group(layers, count or half(layers))
         except UserError as error:
@@ -81,10 +82,12 @@ def check_layers(args: argparse.Namespace, layers: int) -> None:
 
 
 def half(layers: int) -> int:
+    """The default number of student layers."""
     return max(layers // 2, 1)
 
 
 def max_length(args: argparse.Namespace, model) -> int:
+    """`--max_seq_length`, if the model takes so many tokens (UserError otherwise)."""
     positions = getattr(model.config, "max_position_embeddings", args.max_seq_length)
     if args.max_seq_length > positions:
         raise UserError(f"--max_seq_length {args.max_seq_length}: the model takes {positions} tokens at most")

@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from transformers.utils import logging as transformers_logging
 
 from bert_of_theseus.data import tokenize
+from bert_of_theseus.distillation import DistilledModel
 from bert_of_theseus.loading import half, load_data, load_model, max_length
 from bert_of_theseus.metrics import primary
 from bert_of_theseus.modeling import TheseusModel, encoder_layers, first_layers, layer_pairs
@@ -114,14 +115,26 @@ def _finetune_predecessor(args, task, tokenizer, model, datasets, folder: Path):
 
 def _build_student(args, model):
     """(what the Trainer trains, weight pairs for DSKD or None)."""
+    if args.method == "finetune" and not args.num_successor_layers:
+        return model, None
+    count = args.num_successor_layers or half(len(encoder_layers(model)))
     if args.method == "theseus":
-        count = args.num_successor_layers or half(len(encoder_layers(model)))
         theseus = TheseusModel(model, count, seed=args.seed)
         return theseus, theseus.pairs()
-    if not args.num_successor_layers:
-        return model, None
-    student = first_layers(model, args.num_successor_layers)
-    return student, layer_pairs(student, model.requires_grad_(False)) if args.if_svd else None
+    student = first_layers(model, count)
+    pairs = layer_pairs(student, model.requires_grad_(False)) if args.if_svd else None
+    if args.method == "finetune":
+        return student, pairs
+    beta = args.pkd_beta if args.method == "pkd" else 0.0
+    settings = {"alpha": args.kd_alpha, "temperature": args.kd_temperature, "beta": beta}
+    return DistilledModel(student, model, **settings), pairs
+
+
+def _exported(model):
+    """The plain transformers model inside of what the Trainer trains."""
+    if isinstance(model, TheseusModel):
+        return model.successor()
+    return model.student if isinstance(model, DistilledModel) else model
 
 
 def _train(args, task, tokenizer, model, datasets):
@@ -156,12 +169,12 @@ def _train(args, task, tokenizer, model, datasets):
         step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else None
         record = RunRecord(output_dir, vars(args), resume_step=step)
         trainer.add_callback(RecordCallback(record))
-    layers = len(encoder_layers(theseus.model if theseus is not None else student))
+    layers = len(encoder_layers(_exported(student)))
     how = method_in_words(args, layers)
     best_on = f"eval_{'selection' if args.selection_split else task.dev_sets[0]}_{primary(task)}"
 
     def save(folder: str, evaluation: dict[str, float]) -> None:
-        export = theseus.successor() if theseus is not None else student
+        export = _exported(student)
         save_student(export, tokenizer, output_dir / folder, card(args, task, export, how, evaluation))
 
     if args.do_eval:
@@ -174,7 +187,7 @@ def _train(args, task, tokenizer, model, datasets):
     if args.do_eval and not (history and history[-1]["step"] == trainer.state.global_step):
         trainer.evaluate()
         history = [line for line in trainer.state.log_history if best_on in line]
-    export = theseus.successor() if theseus is not None else student
+    export = _exported(student)
     if record is None:
         return export
     last = merged(trainer.state.log_history, trainer.state.global_step)

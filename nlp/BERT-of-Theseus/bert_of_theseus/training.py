@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 from bert_of_theseus.metrics import compute
-from bert_of_theseus.modeling import TheseusModel, encoder_layers
+from bert_of_theseus.modeling import TheseusModel
 from bert_of_theseus.tasks import Task
 from common.errors import UserError
 from common.files import write_aside
@@ -258,9 +259,9 @@ def first_output(predictions):
 
 def compile_layers(model: nn.Module) -> None:
     """Compile every encoder layer by itself: the random choice among layers stays outside of the compiled code."""
-    for layer in encoder_layers(model.model if isinstance(model, TheseusModel) else model):
-        for block in [*layer.predecessors, layer.successor] if hasattr(layer, "successor") else [layer]:
-            block.compile(dynamic=True)
+    for name, module in model.named_modules():
+        if re.search(r"(\.layer|predecessors)\.\d+$|\.successor$", name) and not hasattr(module, "successor"):
+            module.compile(dynamic=True)
 
 
 def save_student(student: nn.Module, tokenizer, folder: Path, card: str) -> None:
