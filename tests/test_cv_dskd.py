@@ -1,0 +1,287 @@
+"""DSKD in the vision pipeline: the layer map, pairs by name, what every setting does, and the control arms."""
+
+import pytest
+import torch
+from cv_fixtures import column, read_run, same_tensors, short_config, short_run
+from safetensors.torch import load_file
+from torch import nn
+
+import cv.trainer
+from common.errors import UserError
+from common.svd_loss import DirectionSensitivityLoss
+from cv.config import defaults
+from cv.dskd import build_dskd, layer_map, layer_pairs
+from cv.models import build_model
+
+
+def network(name: str) -> nn.Module:
+    return build_model(name, 10)
+
+
+def settings(**changes):
+    block = defaults().DSKD
+    block.merge_from_list([word for item in changes.items() for word in item])
+    return block
+
+
+def blocks(stage_map: list[int]) -> list[tuple[str, str]]:
+    """Names of conv1 and conv2 in three stages, from the teacher's block of every student block of a stage."""
+    return [
+        (f"stages.{stage}.{ours}.{conv}", f"stages.{stage}.{theirs}.{conv}")
+        for stage in range(3)
+        for ours, theirs in enumerate(stage_map)
+        for conv in ("conv1", "conv2")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "stage_map"),
+    [
+        ("resnet56", "resnet20", [0, 4, 8]),
+        ("resnet110", "resnet32", [0, 5, 9, 13, 17]),
+        ("resnet32x4", "resnet8x4", [0]),
+        ("wrn_40_2", "wrn_16_2", [0, 5]),
+        ("resnet20", "resnet20", [0, 1, 2]),
+    ],
+)
+def test_blocks_pair_stage_by_stage_as_documented(teacher, student, stage_map):
+    assert layer_map(network(student), network(teacher), settings()) == blocks(stage_map)
+
+
+@pytest.mark.parametrize(("teacher", "student"), [("resnet56", "resnet20"), ("wrn_40_2", "wrn_16_2")])
+def test_the_loss_compares_the_weights_of_the_mapped_layers(teacher, student):
+    ours, theirs = network(student), network(teacher)
+    names = layer_map(ours, theirs, settings())
+    gaps = [ours.get_submodule(a).weight - theirs.get_submodule(b).weight for a, b in names]
+    # before the first choice of directions each of the r = min(m, n) weighs 1 / r
+    expected = sum(gap.double().square().sum() / min(len(gap), gap[0].numel()) for gap in gaps) / len(gaps)
+    torch.testing.assert_close(build_dskd(ours, theirs, settings())().double(), expected, rtol=1e-5, atol=0)
+
+
+def test_pairs_by_name_take_a_star_alike_in_both():
+    pairs = [["stages.*.0.conv2", "stages.*.1.conv2"], ["classifier", "classifier"]]
+    assert layer_map(network("resnet8"), network("resnet14"), settings(PAIRS=pairs)) == [
+        ("stages.0.0.conv2", "stages.0.1.conv2"),
+        ("stages.1.0.conv2", "stages.1.1.conv2"),
+        ("stages.2.0.conv2", "stages.2.1.conv2"),
+        ("classifier", "classifier"),
+    ]
+
+
+def test_a_student_layer_with_two_teachers_is_refused():
+    pairs = [["stages.0.0.conv2", "stages.0.0.conv2"], ["stages.*.0.conv2", "stages.*.1.conv2"]]
+    with pytest.raises(UserError, match=r"DSKD\.PAIRS names the student's layer stages\.0\.0\.conv2 2 times"):
+        build_dskd(network("resnet8"), network("resnet14"), settings(PAIRS=pairs))
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (["stages.9.0.conv1", "stages.0.0.conv1"], r"the student has no layer 'stages\.9\.0\.conv1'"),
+        (["stages.0.0.conv1", "stages.0.9.conv1"], r"the teacher has no layer 'stages\.0\.9\.conv1'"),
+        (["bn1", "bn1"], r"the student has no layer 'bn1' with a weight matrix"),
+        (["stages.*.0.conv1", "stages.0.0.conv1"], r"differ in their number of \*"),
+    ],
+)
+def test_a_pair_that_is_not_there_is_named(pair, message):
+    with pytest.raises(UserError, match=message):
+        layer_pairs(network("resnet8"), network("resnet14"), settings(PAIRS=[pair]))
+
+
+def test_pairs_of_different_shapes_are_refused_with_both_names_and_shapes():
+    with pytest.raises(UserError) as caught:
+        layer_pairs(network("wrn_16_1"), network("wrn_40_2"), settings())
+    for part in ("student stages.0.0.conv1 (16, 16, 3, 3)", "teacher stages.0.0.conv1 (32, 16, 3, 3)"):
+        assert part in str(caught.value)
+
+
+def test_pairs_of_different_shapes_are_left_out_on_request():
+    pairs = [["stages.*.0.conv1", "stages.*.0.conv1"], ["conv1", "conv1"]]
+    kept = layer_pairs(network("wrn_16_1"), network("wrn_40_2"), settings(PAIRS=pairs, SKIP_MISMATCHED=True))
+    assert [name for name, _, _ in kept] == ["conv1"]  # the stem has 16 channels in both
+
+
+def test_networks_that_share_no_shape_are_refused_even_then():
+    with pytest.raises(UserError, match="no layer pair of equal shapes is left"):
+        layer_pairs(network("wrn_16_1"), network("wrn_40_2"), settings(SKIP_MISMATCHED=True))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "role"), [("vgg8", "resnet8", "student"), ("resnet8", "vgg8", "teacher")]
+)
+@pytest.mark.parametrize("other", ["vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2"])
+def test_a_network_without_residual_blocks_asks_for_the_pairs(student, teacher, role, other):
+    student, teacher = (name.replace("vgg8", other) for name in (student, teacher))
+    with pytest.raises(UserError, match=rf"the {role} \w+ has no stages of residual blocks; .* DSKD\.PAIRS"):
+        layer_pairs(network(student), network(teacher), settings())
+
+
+def test_networks_without_residual_blocks_pair_by_name():
+    ours, theirs = network("vgg8"), network("vgg8")
+    names = [name for name, module in ours.named_modules() if isinstance(module, nn.Conv2d)]
+    kept = layer_pairs(ours, theirs, settings(PAIRS=[[name, name] for name in names]))
+    assert [name for name, _, _ in kept] == names
+
+
+def test_a_student_with_more_blocks_than_its_teacher_is_refused():
+    with pytest.raises(UserError, match="1 teacher blocks cannot pair with 2 student blocks"):
+        layer_pairs(network("resnet14"), network("resnet8"), settings())
+
+
+def test_the_map_is_printed_at_the_start_with_what_is_left_out(tmp_path, teacher, capsys):
+    pairs = "[[stages.0.0.conv1, stages.0.1.conv1], [stages.2.0.conv1, stages.2.1.conv1]]"
+    short_run(tmp_path, teacher, f"DSKD.ENABLED true DSKD.SKIP_MISMATCHED true DSKD.PAIRS '{pairs}'")
+    printed = capsys.readouterr().out.splitlines()
+    assert "  stages.0.0.conv1 <- stages.0.1.conv1" in printed
+    assert "  stages.2.0.conv1 <- stages.2.1.conv1 (left out: shapes differ)" in printed
+
+
+# 8 steps; directions are chosen after steps 3 and 6, gradients are exact in every second step
+JOINED = "SOLVER.BATCH_SIZE 16 DSKD.ENABLED true DSKD.SVD_STEPS 3 DSKD.GRAD_STEPS 2"
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory, teacher):
+    return short_run(tmp_path_factory.mktemp("joined"), teacher, JOINED)
+
+
+def test_the_task_loss_follows_from_dskd_alone(tmp_path, teacher, joined):
+    alone = short_run(tmp_path, teacher, JOINED + " DSKD.ENABLED false")
+    assert column(alone, "loss_kd")[0] == column(joined, "loss_kd")[0]
+    assert column(alone, "loss_kd")[1] != column(joined, "loss_kd")[1]
+    assert "dskd_loss" not in alone.steps[0]
+    assert alone.result["dskd"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "first_seen"),
+    [
+        ("DSKD.LAMBDA 0.4", 2),
+        ("DSKD.RANK 2", 1),
+        ("DSKD.SVD_STEPS 2", 3),
+        ("DSKD.GRAD_STEPS 1", 2),
+        ("DSKD.BASIS update", 1),
+        ("DSKD.DRIVER svd", 4),
+        ("DSKD.DIRECTION plain", 4),
+        ("DSKD.DIRECTION random", 2),
+        ("DSKD.PAIRS '[[stages.*.0.conv2, stages.*.1.conv2]]'", 1),
+    ],
+)
+def test_every_setting_has_its_effect_and_not_before_its_time(tmp_path, teacher, joined, change, first_seen):
+    """first_seen: the step whose losses are the first to differ from the run without the change."""
+    changed = short_run(tmp_path, teacher, f"{JOINED} {change}")
+    differ = [
+        step + 1
+        for step in range(8)
+        for name in ("loss_ce", "loss_kd", "dskd_loss")
+        if column(changed, name)[step] != column(joined, name)[step]
+    ]
+    assert differ[0] == first_seen
+    assert column(changed, "loss_ce")[-1] != column(joined, "loss_ce")[-1]
+
+
+def test_the_total_is_the_parts_with_dskd_times_lambda(joined):
+    for line in joined.steps:
+        total = line["loss_ce"] + line["loss_kd"] + 0.2 * line["dskd_loss"]
+        assert line["loss"] == pytest.approx(total, rel=1e-6)
+
+
+def test_the_settings_stand_in_the_result(joined):
+    assert joined.result["dskd"] == joined.config["DSKD"]
+    assert joined.result["dskd"]["SVD_STEPS"] == 3
+
+
+def test_the_concentration_of_the_directions_is_logged(joined):
+    effective = column(joined, "effective_directions")
+    # 16, 16, 32, 32, 64 and 64 rows, all of equal weight until the third step
+    assert effective[:2] == pytest.approx([224 / 6] * 2)
+    assert all(1 <= value < 224 / 6 for value in effective[2:])
+
+
+def test_dskd_falls_and_leaves_the_teacher_alone(tmp_path, teacher, monkeypatch):
+    networks = []
+    original = cv.trainer._build
+    monkeypatch.setattr(
+        cv.trainer, "_build", lambda *args: networks.append(original(*args)[0]) or (networks[0], build())
+    )
+
+    def build():
+        return build_dskd(networks[0].student, networks[0].teacher, cfg.DSKD)
+
+    before = load_file(teacher / "model.safetensors")
+    cfg = short_config(tmp_path, teacher, "SOLVER.EPOCHS 2 DSKD.ENABLED true DSKD.SVD_STEPS 3 DSKD.LAMBDA 1")
+    cv.trainer.train(cfg)
+    values = column(read_run(tmp_path), "dskd_loss")
+    assert same_tensors({key: value.contiguous() for key, value in networks[0].teacher.state_dict().items()}, before)
+    assert values[2] < values[1] < values[0]  # one loss up to the first choice of directions
+    assert values[-1] < values[3]
+
+
+def test_dskd_joins_plain_training_too(tmp_path, teacher):
+    run = short_run(tmp_path, teacher, "DISTILLER.TYPE vanilla DSKD.ENABLED true")
+    assert set(run.steps[0]) >= {"loss_ce", "dskd_loss"}
+    assert "loss_kd" not in run.steps[0]
+    assert run.result["teacher"] == "resnet14"
+
+
+SHAPES = {"square": (6, 6), "wide": (4, 3, 3, 3), "tall": (9, 5), "second of a shape": (6, 6)}
+
+
+def arms(basis: str, rank: int, steps: int) -> dict[str, tuple[DirectionSensitivityLoss, list[nn.Parameter], list]]:
+    """DSKD and its two control arms on equal weights, after the same optimizer steps."""
+    made = {}
+    for direction in ("sensitive", "plain", "random"):
+        torch.manual_seed(5)
+        students = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in SHAPES.values()]
+        teachers = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES.values()]
+        pairs = list(zip(SHAPES, students, teachers, strict=True))
+        dskd = DirectionSensitivityLoss(pairs, rank, svd_steps=1, basis=basis, grad_steps=1, direction=direction)
+        optimizer = torch.optim.SGD(students, lr=0.1)
+        for step in range(steps):
+            for weight in students:
+                weight.grad = torch.randn(weight.shape, dtype=torch.float64)
+            with dskd.observe(step / 10):
+                optimizer.step()
+        optimizer.zero_grad()
+        made[direction] = dskd, students, teachers
+    return made
+
+
+def gradients(dskd: DirectionSensitivityLoss, students: list[nn.Parameter]) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(dskd(), students))
+
+
+@pytest.mark.parametrize("basis", ["own", "update"])
+@pytest.mark.parametrize(("rank", "steps"), [(0, 0), (2, 0), (0, 3), (2, 3)])
+@pytest.mark.parametrize("direction", ["plain", "random"])
+def test_control_arms_have_dskd_gradient_norm_in_every_matrix(basis, rank, steps, direction):
+    made = arms(basis, rank, steps)
+    wanted = [gradient.norm() for gradient in gradients(*made["sensitive"][:2])]
+    norms = [gradient.norm() for gradient in gradients(*made[direction][:2])]
+    assert min(wanted) > 0
+    torch.testing.assert_close(torch.stack(norms), torch.stack(wanted))
+
+
+@pytest.mark.parametrize("basis", ["own", "update"])
+def test_the_plain_arm_points_along_the_difference_of_the_weights(basis):
+    dskd, students, teachers = arms(basis, 2, 3)["plain"]
+    for gradient, ours, theirs in zip(gradients(dskd, students), students, teachers, strict=True):
+        gap = ours.detach() - theirs
+        torch.testing.assert_close(gradient / gradient.norm(), gap / gap.norm())
+
+
+def test_the_random_arm_draws_a_direction_of_its_own_for_every_matrix_and_step():
+    dskd, students, _ = arms("own", 2, 3)["random"]
+    first = gradients(dskd, students)
+    with dskd.observe(0.5):
+        pass
+    second = gradients(dskd, students)
+    directions = [(g / g.norm()).flatten() for g in (first[0], first[3], second[0], second[3])]
+    cosines = torch.stack(directions) @ torch.stack(directions).T
+    assert cosines.fill_diagonal_(0).abs().max() < 0.6
+
+
+def test_an_unknown_direction_is_refused():
+    pair = ("w", nn.Parameter(torch.ones(2, 2)), torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="direction must be one of sensitive, plain, random, got 'up'"):
+        DirectionSensitivityLoss([pair], direction="up")
