@@ -5,9 +5,7 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,20 +24,6 @@ def save_teacher(folder: Path, name: str = "resnet14", num_classes: int = 10) ->
     torch.manual_seed(7)
     save_model(build_model(name, num_classes), name, folder, accuracy=10.0)
     return folder
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory) -> Path:
-    """The folder of a resnet14 for digits."""
-    return save_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture
-def fresh_accelerator():
-    """accelerate refuses another precision in one process; forget the one of the runs before and after."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def short_config(folder: Path, teacher: Path | None = None, overrides: str = ""):
