@@ -140,6 +140,15 @@ def test_a_student_with_more_blocks_than_its_teacher_is_refused():
         layer_pairs(network("resnet14"), network("resnet8"), settings())
 
 
+def test_networks_with_unequal_numbers_of_stages_ask_for_the_pairs():
+    student = network("resnet8")
+    student.stages = student.stages[:2]
+    with pytest.raises(
+        UserError, match=r"the student has 2 stages and the teacher 3; name the layer pairs in DSKD\.PAIRS"
+    ):
+        layer_pairs(student, network("resnet14"), settings())
+
+
 def test_the_map_is_printed_at_the_start_with_what_is_left_out(tmp_path, teacher, capsys):
     pairs = "[[stages.0.0.conv1, stages.0.1.conv1], [stages.2.0.conv1, stages.2.1.conv1]]"
     short_run(tmp_path, teacher, f"DSKD.ENABLED true DSKD.SKIP_MISMATCHED true DSKD.PAIRS '{pairs}'")

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 import cv.teachers
 import cv.trainer
 from common.errors import UserError
+from common.svd_loss import DirectionSensitivityLoss
 from cv.config import ROOT, load_config
 from cv.data import EpochLoader, ImageSet, load_dataset
 from cv.export import load_model
@@ -172,9 +174,50 @@ def test_the_same_seed_gives_the_same_bits(tmp_path, teacher, whole):
     assert column(again, "loss") == column(whole(JOINED), "loss")
 
 
-def test_another_seed_gives_another_student(tmp_path, teacher, whole):
-    other = short_run(tmp_path, teacher, f"{JOINED} SOLVER.SEED 2")
-    assert not torch.equal(other.weights["conv1.weight"], whole(JOINED).weights["conv1.weight"])
+def watched_steps(monkeypatch) -> list[SimpleNamespace]:
+    """What every later optimizer step starts from: weights of the stem, image indices, the epoch that methods read."""
+    seen = []
+    step = cv.trainer._Run._step
+
+    def look(self, images, labels, indices):
+        stem = self.distiller.student.conv1.weight.detach().clone()
+        seen.append(SimpleNamespace(stem=stem, indices=indices.tolist(), epoch=self.distiller.epoch.item()))
+        return step(self, images, labels, indices)
+
+    monkeypatch.setattr(cv.trainer._Run, "_step", look)
+    return seen
+
+
+def test_another_seed_gives_other_weights_and_another_order(tmp_path, teacher, monkeypatch):
+    seen = watched_steps(monkeypatch)
+    for seed in (1, 2):
+        short_run(tmp_path / str(seed), teacher, f"SOLVER.SEED {seed}")
+    assert not torch.equal(seen[0].stem, seen[4].stem)
+    assert seen[0].indices != seen[4].indices
+
+
+def test_a_student_starts_alike_with_and_without_a_teacher(tmp_path, teacher, monkeypatch):
+    seen = watched_steps(monkeypatch)
+    for method in ("vanilla", "crd"):
+        short_run(tmp_path / method, teacher, f"DISTILLER.TYPE {method}")
+    assert torch.equal(seen[0].stem, seen[4].stem)
+    assert seen[0].indices == seen[4].indices
+
+
+def test_methods_are_told_the_epoch(tmp_path, teacher, monkeypatch):
+    seen = watched_steps(monkeypatch)
+    short_run(tmp_path, teacher, "SOLVER.EPOCHS 3")
+    assert [step.epoch for step in seen] == [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_dskd_is_told_the_share_of_the_planned_steps(tmp_path, teacher, monkeypatch):
+    told = []
+    observe = DirectionSensitivityLoss.observe
+    monkeypatch.setattr(
+        DirectionSensitivityLoss, "observe", lambda self, progress: told.append(progress) or observe(self, progress)
+    )
+    short_run(tmp_path, teacher, "SOLVER.EPOCHS 2 DSKD.ENABLED true")
+    assert told == [step / 8 for step in range(8)]
 
 
 class Stop(Exception):
@@ -287,6 +330,25 @@ def test_the_optimizer_follows_the_schedule(tmp_path, teacher):
     assert all(torch.equal(one.weights[name], three.weights[name]) for name in learned)
 
 
+def test_a_step_is_that_of_sgd_with_momentum_and_weight_decay(tmp_path, teacher, monkeypatch):
+    states = []
+    step = cv.trainer._Run._step
+
+    def look(self, *batch):
+        weight = self.distiller.student.conv1.weight
+        before = weight.detach().double()
+        result = step(self, *batch)
+        states.append((before, weight.grad.double(), weight.detach().double()))
+        return result
+
+    monkeypatch.setattr(cv.trainer._Run, "_step", look)
+    short_run(tmp_path, teacher, "SOLVER.LR 0.02 SOLVER.MOMENTUM 0.5 SOLVER.WEIGHT_DECAY 0.1")
+    velocity = torch.zeros_like(states[0][0])
+    for before, gradient, after in states:
+        velocity = 0.5 * velocity + gradient + 0.1 * before
+        torch.testing.assert_close(after, before - 0.02 * velocity, rtol=1e-5, atol=1e-7)
+
+
 def test_a_late_stage_is_noted(tmp_path, teacher, capsys):
     short_run(tmp_path, teacher, "SOLVER.LR_DECAY_STAGES '[1, 5]'")
     assert "note: LR_DECAY_STAGES [1, 5] lie behind the last epoch, 1" in capsys.readouterr().out
@@ -313,8 +375,8 @@ def score(rows: list[list[float]], labels: list[int]) -> dict[str, float]:
 
 def test_evaluation_counts_hits_among_the_first_and_the_first_five():
     falling = [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]  # ranks: class 0 first, class 6 last
-    # labels at rank 1, 5, 6, 7 and 2: one top-1 hit and three top-5 hits of five; the last batch is not full
-    assert score([falling] * 5, [0, 4, 5, 6, 1]) == {"top1": 20.0, "top5": 60.0}
+    # labels at rank 1, 5, 6, 1 and 7: two top-1 hits and three top-5 hits of five; the last batch is not full
+    assert score([falling] * 5, [0, 4, 5, 0, 6]) == {"top1": 40.0, "top5": 60.0}
 
 
 def test_top_five_of_three_classes_counts_all():

@@ -178,6 +178,29 @@ def test_a_cell_gets_the_folder_of_the_cell_that_it_needs_of_the_same_seed(write
     assert words[words.index("--init") + 1] == str(runs["first", 2].folder)
 
 
+def test_a_shared_cell_runs_once_for_all_seeds(write_table, tmp_path):
+    text = """
+table: sharing
+title: Sharing
+script: fake.py
+control: second
+cells:
+  first: {label: One, shared: true}
+  second: {label: Two, needs: first, args: {init: "{first}"}}
+"""
+    runs = plan(load_table(write_table(text)), {}, 3, tmp_path)
+    assert [(run.cell, run.seed) for run in runs] == [("first", 1), ("second", 1), ("second", 2), ("second", 3)]
+    assert [run.needs for run in runs[1:]] == [(runs[0],)] * 3
+
+
+def test_a_shared_cell_cannot_need_one_that_is_not(write_table):
+    text = (
+        "table: t\ntitle: T\nscript: fake.py\ncontrol: a\ncells: {a: {label: A}, b: {label: B, needs: a, shared: true}}"
+    )
+    with pytest.raises(UserError, match="cells.b is shared by all seeds, but 'a', which it needs, is not"):
+        load_table(write_table(text))
+
+
 def test_cells_that_were_asked_for_bring_what_they_need(run):
     assert run("--seeds", 1, "--cells", "second") == 0
     assert starts(run.runs) == {"first-seed1": ["start"], "second-seed1": ["start"]}

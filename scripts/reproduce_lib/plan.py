@@ -94,7 +94,7 @@ def plan(table: Table, values: Mapping[str, str], seeds: int, output: Path, *, s
     Args:
         table: the table.
         values: placeholder -> value, on top of the table's defaults.
-        seeds: every cell runs with the seeds 1 to `seeds`.
+        seeds: every cell runs with the seeds 1 to `seeds`, a shared one with seed 1 alone.
         output: the folder of all run folders.
         smoke: with the overrides that make every run short.
 
@@ -113,8 +113,9 @@ def plan(table: Table, values: Mapping[str, str], seeds: int, output: Path, *, s
         for task in table.tasks:
             done: dict[str, Run] = {}
             for cell in table.cells:
-                done[cell.name] = _run(table, script, task, cell, seed, values, done, output, smoke)
-            runs += done.values()
+                first = 1 if cell.shared else seed
+                done[cell.name] = _run(table, script, task, cell, first, values, done, output, smoke)
+            runs += [run for run in done.values() if run not in runs]
     return runs
 
 

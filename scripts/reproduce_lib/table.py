@@ -18,7 +18,7 @@ RESERVED = ("task", "cell", "seed", "output")  # placeholders that every run fil
 _TABLE_KEYS = ("table", "title", "description", "script", "control", "seeds", "scale", "placeholders", "base", "tasks")
 _TABLE_KEYS += ("cells", "smoke")
 _TASK_KEYS = ("args", "values")
-_CELL_KEYS = ("label", "needs", "args", "published", "smoke")
+_CELL_KEYS = ("label", "needs", "shared", "args", "published", "smoke")
 _PUBLISHED_KEYS = ("value", "source")
 
 Arguments = Mapping[str, Any]  # argument -> its text, or a list of texts
@@ -32,6 +32,7 @@ class Cell:
         name: its key in the file.
         label: how the rendered tables call it.
         needs: names of the cells (of the same task and seed) that must be finished first.
+        shared: run once, with seed 1, for the other cells of all seeds.
         args: arguments on top of the table's and the task's.
         smoke: arguments on top of the table's smoke overrides.
         published: task name ("" in a table without tasks) -> figure published elsewhere, in the table's display units.
@@ -41,6 +42,7 @@ class Cell:
     name: str
     label: str
     needs: tuple[str, ...]
+    shared: bool
     args: Arguments
     smoke: Arguments
     published: Mapping[str, float]
@@ -207,11 +209,18 @@ def _cell(name: str, value: Any, where: str, tasks: list[str]) -> Cell:
         name=name,
         label=_text(value, "label", where),
         needs=tuple([needs] if isinstance(needs, str) else needs),
+        shared=_boolean(value.get("shared", "false"), f"{where}.shared"),
         args=_arguments(value, "args", where),
         smoke=_arguments(value, "smoke", where),
         published={task: _number(text, f"{where}.published.value") for task, text in figures.items()},
         source=_text(published, "source", f"{where}.published") if published else "",
     )
+
+
+def _boolean(value: Any, where: str) -> bool:
+    if value not in ("true", "false"):
+        raise UserError(f"{where}: expected true or false, got {value!r}")
+    return value == "true"
 
 
 def _check_needs(cells: tuple[Cell, ...], where: str) -> None:
@@ -220,6 +229,10 @@ def _check_needs(cells: tuple[Cell, ...], where: str) -> None:
         for need in cell.needs:
             if need not in names:
                 raise UserError(f"{where}: cells.{cell.name}.needs: unknown cell {need!r}; {suggest(need, names)}")
+            if cell.shared and not cells[names.index(need)].shared:
+                raise UserError(
+                    f"{where}: cells.{cell.name} is shared by all seeds, but {need!r}, which it needs, is not"
+                )
             if names.index(need) >= position:
                 raise UserError(f"{where}: cells.{cell.name}.needs: {need!r} must stand above {cell.name!r}")
 

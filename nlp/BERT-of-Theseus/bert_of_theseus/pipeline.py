@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
                     dist.barrier()
                 model = AutoModelForSequenceClassification.from_pretrained(output_dir / "student_best")
             _predict(args, task, tokenizer, model, datasets)
-    except FloatingPointError as error:
+    except (FloatingPointError, torch.linalg.LinAlgError) as error:  # DSKD decomposes weights that are not finite
         raise UserError(f"the run diverged: {error}; lower --learning_rate, or use --bf16 instead of --fp16") from error
 
 
