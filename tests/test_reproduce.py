@@ -197,7 +197,7 @@ def test_a_shared_cell_cannot_need_one_that_is_not(write_table):
     text = (
         "table: t\ntitle: T\nscript: fake.py\ncontrol: a\ncells: {a: {label: A}, b: {label: B, needs: a, shared: true}}"
     )
-    with pytest.raises(UserError, match="cells.b is shared by all seeds, but 'a', which it needs, is not"):
+    with pytest.raises(UserError, match=r"cells.b is shared by all seeds, but 'a', which it needs, is not"):
         load_table(write_table(text))
 
 
