@@ -24,5 +24,6 @@ lint: setup  ## style of all Python files
 bench: setup  ## cost of DSKD beside its rivals; writes results/benchmark
 	$(BIN)/python scripts/benchmark.py all
 
-tables: setup  ## every table in seconds per run, to see that all of it works (full ones: docs/reproducing.md)
-	$(BIN)/python scripts/reproduce.py glue_rte --smoke
+TABLE ?= glue_rte
+tables: setup  ## a table; TABLE="glue_rte --smoke --set data=data/glue" for seconds (docs/reproducing.md)
+	$(BIN)/python scripts/reproduce.py $(TABLE)

@@ -24,6 +24,7 @@ setup(
         "scikit-learn>=1.4",
         "pandas>=2.2",
         "matplotlib>=3.8",
+        "pillow>=10",
         "pyarrow>=15",
         "pyyaml>=6",
         "yacs>=0.1.8",

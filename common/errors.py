@@ -1,11 +1,19 @@
 """Bad input ends a program with one line and exit code 2; everything else keeps its traceback."""
 
+import argparse
 import sys
 from collections.abc import Callable
 
 
 class UserError(Exception):
     """The user's input is wrong. One line: what, where (file, line, key or flag), what would be right."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `UserError`s: one line, exit code 2, no usage text before it."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
 
 
 def run_cli(main: Callable[[], None]) -> None:

@@ -42,10 +42,6 @@ class RunRecord:
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def lines(self) -> list[dict[str, Any]]:
-        """All lines logged so far."""
-        return [json.loads(line) for line in self._metrics.read_text(encoding="utf-8").splitlines()]
-
     def finish(self, **result: Any) -> dict[str, Any]:
         """Write `result.json`: the given fields, then where, with what and by which command they were measured."""
         result = {

@@ -106,7 +106,8 @@ def leaves(cfg: CfgNode) -> dict[str, Any]:
 
 def repository_path(path: str) -> Path:
     """A path as given if it is absolute or exists from the working directory, otherwise from the repository's root."""
-    return Path(path) if Path(path).is_absolute() or Path(path).exists() else ROOT / path
+    found = Path(path).expanduser()
+    return found if found.is_absolute() or found.exists() else ROOT / path
 
 
 def _find(path: str) -> Path:

@@ -1,5 +1,6 @@
 """One run from data to result: train a student by a method and DSKD, evaluate, checkpoint, export."""
 
+import importlib.util
 import shutil
 import time
 from contextlib import nullcontext
@@ -43,6 +44,8 @@ def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dic
     cpu = not torch.cuda.is_available()
     if solver.PRECISION == "fp16" and cpu:
         raise UserError("SOLVER.PRECISION fp16 needs a GPU; use bf16 or fp32 here")
+    if "wandb" in cfg.LOG.TRACKERS and importlib.util.find_spec("wandb") is None:
+        raise UserError("LOG.TRACKERS wandb needs that package: pip install wandb")
     folder = output_folder(cfg)
     accelerator = Accelerator(
         cpu=cpu,
@@ -143,6 +146,8 @@ class _Run:
             solver.BATCH_SIZE // accelerator.num_processes,
             augment=data.augment if cfg.DATASET.AUGMENT else None,
             shuffle=True,
+            # batch norm cannot train on a single image
+            drop_last=self._images_of_last_batch() == 1,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             **common,
@@ -157,6 +162,10 @@ class _Run:
         self.model, self.optimizer = accelerator.prepare(distiller, optimizer)
         self.progress = _Progress()
         self.total_steps = solver.EPOCHS * len(self.loader)
+
+    def _images_of_last_batch(self) -> int:
+        ranks = self.accelerator.num_processes
+        return -(-len(self.data.train) // ranks) % (self.cfg.SOLVER.BATCH_SIZE // ranks)
 
     def train(self, resume: bool) -> dict[str, Any] | None:
         if resume:
@@ -258,7 +267,7 @@ class _Run:
             "progress": vars(self.progress),
             "config": as_dict(self.cfg),
             "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
         write_aside(self.folder / CHECKPOINT, lambda path: torch.save(state, path))
 
@@ -278,9 +287,14 @@ class _Run:
         if self.dskd is not None:
             self.dskd.load_state_dict(state["dskd"])
         self.progress = _Progress(**state["progress"])
+        if self.progress.epoch > self.cfg.SOLVER.EPOCHS:
+            raise UserError(
+                f"--resume: {self.progress.epoch} epochs are done already, and SOLVER.EPOCHS is "
+                f"{self.cfg.SOLVER.EPOCHS}"
+            )
         torch.set_rng_state(state["random"])
-        if state["random_cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+        if state["random_cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["random_cuda"])
 
     def _finish(self, wall_seconds: float) -> dict[str, Any]:
         cfg, progress = self.cfg, self.progress

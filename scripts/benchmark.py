@@ -12,14 +12,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nlp" / "BERT-of-Theseus"))
 
-from common.errors import run_cli
+from common.errors import Parser, run_cli
 from common.torchvision_repair import repair_torchvision
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("method", "cv", "all"))
     parser.add_argument(
         "--output", type=Path, default=ROOT / "results" / "benchmark", help="default: results/benchmark"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.errors import UserError, run_cli
+from common.errors import Parser, UserError, run_cli
 from common.torchvision_repair import repair_torchvision
 from demo_lib.materials import fetch_encoder, fetch_text
 from demo_lib.report import image_latency, plot, read_result, size_mb, text_latency, write_table
@@ -40,7 +40,7 @@ IMAGE_RUNS = {  # config -> what it is
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "demo", help="default: outputs/demo")
     parser.add_argument("--task", help="a GLUE task for the text half, instead of rated movie-review sentences")
     parser.add_argument("--data_dir", type=Path, help="folder with the TSV files of that task")
@@ -48,6 +48,10 @@ def main() -> None:
     args = parser.parse_args()
     if (args.task is None) != (args.data_dir is None):
         raise UserError("--task and --data_dir go together")
+    # the two scripts run in the repository's root
+    args.output_dir = args.output_dir.resolve()
+    args.data_dir = args.data_dir and args.data_dir.resolve()
+    args.model = str(Path(args.model).resolve()) if args.model and Path(args.model).exists() else args.model
     repair_torchvision()
     start = time.perf_counter()
     text_rows, text_values, student = text_half(args)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pandas as pd
 import yaml
 
-from common.errors import UserError, run_cli
+from common.errors import Parser, UserError, run_cli
 from scripts.reproduce_lib.collect import collect, highest_seed, key_of, keys, read_rows, write_rows
 from scripts.reproduce_lib.launch import launch, unfinished
 from scripts.reproduce_lib.plan import Run, plan, short
@@ -24,14 +24,9 @@ from scripts.reproduce_lib.summary import summarize
 from scripts.reproduce_lib.table import ROOT, Table, find_table, load_table, suggest
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this script."""
-    parser = _Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", help="name of a file in configs/tables, or a YAML file of your own in the same form")
     parser.add_argument("--seeds", type=_positive, metavar="N", help="run seeds 1 to N (default: as the table says)")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all of the table)")

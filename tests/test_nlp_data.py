@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertTokenizerFast, DataCollatorWithPadding
 
-from bert_of_theseus.data import Examples, load_task_data, selection_split, take, tokenize
+from bert_of_theseus.data import Examples, load_task_data, selection_split, tokenize
 from bert_of_theseus.tasks import custom_task, get_task
 from common.errors import UserError
 
@@ -200,27 +200,6 @@ def test_a_fraction_outside_zero_and_one_is_refused(fraction):
 def test_a_selection_split_without_room_for_every_class_is_refused():
     with pytest.raises(UserError, match=r"a selection split of 0\.5 from 3 examples"):
         selection_split(examples([0, 0, 1]), 0.5, seed=0)
-
-
-def test_taking_draws_without_replacement_in_file_order():
-    numbers = [int(text.split()[1]) for text in take(examples([0, 1] * 50), 10, seed=0).texts[0]]
-    assert len(set(numbers)) == 10
-    assert numbers == sorted(numbers) != list(range(10))
-
-
-def test_a_smaller_draw_is_part_of_a_larger_one():
-    whole = examples([0, 1] * 50)
-    assert set(take(whole, 10, seed=4).texts[0]) < set(take(whole, 30, seed=4).texts[0])
-
-
-def test_taking_no_limit_or_too_many_gives_all():
-    whole = examples([0, 1, 1])
-    assert take(whole, None, seed=0) is take(whole, 3, seed=0) is take(whole, 9, seed=0) is whole
-
-
-def test_taking_nothing_is_refused():
-    with pytest.raises(UserError, match="at least 1, got 0"):
-        take(examples([0, 1]), 0, seed=0)
 
 
 def test_an_item_has_what_the_model_and_the_sampler_need(tokenizer):

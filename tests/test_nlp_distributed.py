@@ -24,7 +24,7 @@ from common.errors import run_cli
 
 seen = []
 
-class Spy(pipeline.DSKDCallback):
+class Spy(pipeline.MethodStateCallback):
     def on_optimizer_step(self, args, state, control, **others):
         super().on_optimizer_step(args, state, control, **others)
         gradients = [p.grad for m in self.theseus.theseus_modules for p in m.successor.parameters()]
@@ -36,7 +36,7 @@ class Spy(pipeline.DSKDCallback):
         kept = {{"dskd": self.dskd.state_dict(), "trained": trained, "seen": seen, "process": args.process_index}}
         torch.save(kept, os.path.join({folder!r}, "rank" + os.environ["RANK"] + ".pt"))
 
-pipeline.DSKDCallback = Spy
+pipeline.MethodStateCallback = Spy
 run_cli(lambda: pipeline.run(parse_arguments(sys.argv[1:])))
 """
 

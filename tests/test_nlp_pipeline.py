@@ -742,6 +742,15 @@ def test_resuming_with_other_settings_is_refused(tiny, trained, tmp_path, compla
     assert snapshot(output) == before
 
 
+def test_a_checkpoint_with_its_labels_in_another_order_is_refused(own, complaint, tmp_path, tiny):  # noqa: F811
+    model = AutoModelForSequenceClassification.from_pretrained(tiny.model)
+    model.config.id2label = {0: "not_entailment", 1: "entailment"}
+    model.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    words = flags(tiny, tmp_path / "out", "--ifsvd", model=tmp_path / "other")
+    assert "has its labels in the order not_entailment, entailment" in complaint(words)
+
+
 def test_a_run_that_diverges_says_so(own, complaint):
     message = complaint([*own.words, "--method", "finetune", "--learning_rate", "1e30", "--max_steps", "3"])
     assert "the run diverged" in message

@@ -36,7 +36,7 @@ def load_dataset(name: str, root: str | Path, *, image_size: int | None = None, 
         raise UserError(f"data set {name!r}: unknown; choose from {', '.join(READERS)}")
     if image_size is not None and image_size < 1:
         raise UserError(f"image size {image_size}: must be at least 1")
-    train, test, classes = READERS[name](Path(root).expanduser(), image_size)
+    train, test, classes = READERS[name](Path(root), image_size)
     if image_size is not None:
         train, test = _resize(train, image_size), _resize(test, image_size)
     height, width = train.images.shape[2:]

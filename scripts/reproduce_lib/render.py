@@ -38,7 +38,12 @@ def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame) -> str:
     sources = summary.loc[summary["published"].notna(), "source"].unique()
     if len(sources):
         notes.append(f"Published elsewhere, not measured here: {'; '.join(sources)}.")
-    for column, text in (("device", "Measured on"), ("git_revision", "Revisions"), ("versions", "Versions")):
+    for column, text in (
+        ("placeholders", "With"),
+        ("device", "Measured on"),
+        ("git_revision", "Revisions"),
+        ("versions", "Versions"),
+    ):
         if column in rows:
             found = [str(value) for value in rows[column].dropna().unique()]
             notes.append(f"{text}: {'; '.join(found)}." if found else "")

@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Callable, Sequence
 
-from common.errors import UserError
+from common.errors import Parser, UserError
 
-_ONLY_WITH_DSKD = ("lambda_size", "rank_size", "svd_steps", "grad_steps", "basis", "svd_driver", "direction")
+DSKD_SETTINGS = ("lambda_size", "rank_size", "svd_steps", "grad_steps", "basis", "svd_driver", "direction")
 _ONLY_WITH_THESEUS = ("replacing_rate", "scheduler_type", "scheduler_linear_k", "steps_for_replacing")
 _ONLY_WITH_KD = ("kd_alpha", "kd_temperature")
 _ONLY_WITH_PREDECESSOR = ("predecessor_num_train_epochs", "predecessor_learning_rate")
@@ -18,18 +18,13 @@ class _Formatter(argparse.HelpFormatter):
     """Adds the default to a flag's help, where there is one to speak of."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        spoken_of = action.default not in (None, False, argparse.SUPPRESS)
+        spoken_of = not any(action.default is silent for silent in (None, False, argparse.SUPPRESS))
         return f"{action.help} (default: %(default)s)" if spoken_of else action.help
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `run_glue_SVD_losslayer.py`."""
-    parser = _Parser(
+    parser = Parser(
         description="Compress a BERT on a GLUE task by replacing groups of its layers (BERT-of-Theseus), with or "
         "without DSKD, the Direction Sensitivity-based Knowledge Distillation loss.",
         allow_abbrev=False,
@@ -144,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--adam_epsilon", type=_positive, default=1e-8, help="AdamW's epsilon")
     train.add_argument("--max_grad_norm", type=_at_least(float, 0), default=1.0, help="clipping (0: none)")
     train.add_argument("--warmup_steps", type=_at_least(int, 0), default=0, help="steps of linear warm-up")
-    train.add_argument("--seed", type=_at_least(int, 0), default=42, help="seed of everything random")
+    train.add_argument("--seed", type=_seed, default=42, help="seed of everything random")
     train.add_argument("--fp16", action="store_true", help="float16 mixed precision with loss scaling (needs a GPU)")
     train.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
     train.add_argument("--torch_compile", action="store_true", help="compile the encoder layers")
@@ -207,7 +202,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if not (args.do_eval or args.do_predict):
         refuse(("per_gpu_eval_batch_size",), "needs --do_eval or --do_predict")
     if not args.if_svd:
-        refuse(_ONLY_WITH_DSKD, "needs --ifsvd")
+        refuse(DSKD_SETTINGS, "needs --ifsvd")
     if args.method != "theseus":
         refuse(_ONLY_WITH_THESEUS, f"has no effect with --method {args.method}")
     if args.method not in ("kd", "pkd"):
@@ -235,6 +230,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         refuse(("selection_split",), "needs --evaluate_during_training: without it there is one model to choose from")
     if args.evaluate_during_training and not args.do_eval:
         raise UserError("--evaluate_during_training needs --do_eval")
+    args.grad_steps = args.grad_steps or args.svd_steps
+    args.eval_steps = args.eval_steps or args.save_steps
     return args
 
 
@@ -250,6 +247,13 @@ def _at_least(kind: type, lowest: float) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def _seed(text: str) -> int:
+    value = _at_least(int, 0)(text)
+    if value >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed below 2^32")
+    return value
 
 
 def _number_between(lowest: float, highest: float, *, with_highest: bool, text: str) -> float:

@@ -89,7 +89,7 @@ def load_task_data(
             raise UserError(f"no {missing[0]} file was given for the custom task")
         if not task.regression and not task.labels:
             if "train" not in given:
-                raise UserError("the labels of a custom task are read from its training file: give one, or the labels")
+                raise UserError("the labels of a custom task are read from its training file: give --train_file")
             task = _with_labels_of(task, given["train"])
         return {name: _from_file(task, given[name], name) for name in sets}
     if data_dir is not None:
@@ -124,21 +124,6 @@ def selection_split(examples: Examples, fraction: float, seed: int) -> tuple[Exa
     except ValueError as error:
         raise UserError(f"a selection split of {fraction:g} from {len(examples)} examples: {error}") from None
     return examples.subset(np.sort(left)), examples.subset(np.sort(part))
-
-
-def take(examples: Examples, n: int | None, seed: int) -> Examples:
-    """At most n examples (None: all), drawn by the seed without replacement, in file order.
-
-    Under one seed a smaller draw is part of a larger one.
-
-    Raises:
-        UserError: n is less than 1.
-    """
-    if n is None or n >= len(examples):
-        return examples
-    if n < 1:
-        raise UserError(f"the number of examples to take must be at least 1, got {n}")
-    return examples.subset(np.sort(np.random.default_rng(seed).permutation(len(examples))[:n]))
 
 
 class TokenizedDataset(torch.utils.data.Dataset):

@@ -2,7 +2,7 @@
 
 import argparse
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from bert_of_theseus.data import load_task_data, selection_split
 from bert_of_theseus.modeling import encoder_layers
@@ -16,8 +16,7 @@ def load_data(args: argparse.Namespace) -> tuple[dict, Task]:
     custom = args.task_name.lower() == "custom"
     task = custom_task(args.text_columns, args.label_column, args.regression) if custom else get_task(args.task_name)
     sets = []
-    # a custom task's classes are those of its training file
-    sets += ["train"] if args.do_train or (args.train_file and not task.labels) else []
+    sets += ["train"] if args.do_train else []
     sets += task.dev_sets if args.do_eval else []
     sets += task.test_sets if args.do_predict else []
     files = {"train_file": args.train_file, "dev_file": args.dev_file, "test_file": args.test_file} if custom else {}
@@ -36,6 +35,7 @@ def load_model(args: argparse.Namespace, task: Task):
     if labels:
         labels["label2id"] = {label: i for i, label in labels["id2label"].items()}
     try:
+        named = AutoConfig.from_pretrained(name, cache_dir=args.cache_dir).id2label or {}
         tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=args.cache_dir, **lower)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             name, cache_dir=args.cache_dir, num_labels=task.num_outputs, output_loading_info=True, **labels
@@ -53,6 +53,13 @@ def load_model(args: argparse.Namespace, task: Task):
             f"--model_name_or_path {name} cannot be loaded: {reason} Give a folder with config.json, "
             "model.safetensors and a tokenizer, or a hub name that can be downloaded."
         ) from error
+    order = [str(named[i]).lower() for i in sorted(named)]
+    expected = [label.lower() for label in task.labels]
+    if order != expected and sorted(order) == sorted(expected):
+        raise UserError(
+            f"--model_name_or_path {name} has its labels in the order {', '.join(order)}, {task.name} in the order "
+            f"{', '.join(expected)}; reorder its classifier, or give a model fine-tuned by this script"
+        )
     if args.do_lower_case and tokenizer.tokenize("Read THE Text") != tokenizer.tokenize("read the text"):
         raise UserError(f"--do_lower_case has no effect on the tokenizer of {name}, which tells cases apart")
     check_layers(args, len(encoder_layers(model)))
@@ -74,14 +81,14 @@ def check_layers(args: argparse.Namespace, layers: int) -> None:
         return
     if args.method != "finetune" or args.if_svd:
         try:
-            last_of_group(layers, count or half(layers))
+            last_of_group(layers, count or default_successor_layers(layers))
         except UserError as error:
             raise UserError(f"--num_successor_layers: {error}") from None
     elif count > layers:
         raise UserError(f"--num_successor_layers {count}: the model has {layers} layers")
 
 
-def half(layers: int) -> int:
+def default_successor_layers(layers: int) -> int:
     """The default number of student layers."""
     return max(layers // 2, 1)
 

@@ -92,8 +92,3 @@ def compute(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, flo
     if labels.shape != predictions.shape or not labels.size:
         raise ValueError(f"{task.name}: {predictions.shape} predictions for {labels.shape} labels")
     return {name: float(value) for name, value in METRICS[task.metrics](predictions, labels).items()}
-
-
-def primary(task: Task) -> str:
-    """Name of the one metric that checkpoints are chosen by; larger is better."""
-    return task.primary

@@ -75,7 +75,7 @@ class TheseusModel(nn.Module):
 
     Evaluation runs the successor alone. Only successor layers train; those that a forward did not sample get zero
     gradients rather than none, as in the torch that the recipe was made with: AdamW then keeps moving them by their
-    momentum, without which the recipe gets much worse (docs/deviations.md).
+    momentum (docs/deviations.md).
 
     Args:
         predecessor: a fine-tuned transformers model for sequence classification; it is taken over and frozen.

@@ -1,6 +1,7 @@
 """One run from data to result: load, fine-tune the predecessor if asked, compress, evaluate, predict, export."""
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -8,10 +9,10 @@ import torch.distributed as dist
 from transformers import AutoModelForSequenceClassification, set_seed
 from transformers.utils import logging as transformers_logging
 
+from bert_of_theseus.arguments import DSKD_SETTINGS
 from bert_of_theseus.data import tokenize
 from bert_of_theseus.distillation import DistilledModel
-from bert_of_theseus.loading import half, load_data, load_model, max_length
-from bert_of_theseus.metrics import primary
+from bert_of_theseus.loading import default_successor_layers, load_data, load_model, max_length
 from bert_of_theseus.modeling import TheseusModel, encoder_layers, first_layers, layer_pairs
 from bert_of_theseus.output import check_folder, claim_folder
 from bert_of_theseus.predictions import write_predictions
@@ -20,7 +21,7 @@ from bert_of_theseus.schedules import replacing_schedule
 from bert_of_theseus.training import (
     BestStudentCallback,
     DistillationTrainer,
-    DSKDCallback,
+    MethodStateCallback,
     RecordCallback,
     ReplacingCallback,
     collator,
@@ -32,7 +33,7 @@ from bert_of_theseus.training import (
     training_arguments,
 )
 from common.errors import UserError
-from common.files import write_json
+from common.files import write_json, write_text
 from common.record import RunRecord
 from common.svd_loss import DirectionSensitivityLoss
 
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
     """Run what the command line asks for (`arguments.parse_arguments`)."""
     if args.fp16 and not torch.cuda.is_available():
         raise UserError("--fp16 needs a GPU; use --bf16 here")
+    if args.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UserError("--report_to wandb needs that package: pip install wandb")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     set_seed(args.seed)
@@ -55,6 +58,9 @@ def run(args: argparse.Namespace) -> None:
     setup = training_arguments(args, output_dir)  # starts the process group of a distributed run
     if setup.process_index == 0:
         claim_folder(output_dir, args)
+        for name, dataset in datasets.items():
+            if dataset.num_truncated:
+                print(f"{name}: {dataset.num_truncated} of {len(dataset)} examples cut to {args.max_seq_length} tokens")
     if dist.is_initialized():
         dist.barrier()
     try:
@@ -63,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         elif args.do_eval:
             _evaluate_only(args, task, tokenizer, model, datasets)
         if args.do_predict:
-            if args.selection_split:  # the split is there to choose by
+            if args.do_train and args.selection_split:  # the split is there to choose by
                 if dist.is_initialized():
                     dist.barrier()
                 model = AutoModelForSequenceClassification.from_pretrained(output_dir / "student_best")
@@ -100,7 +106,8 @@ def _finetune_predecessor(args, task, tokenizer, model, datasets, folder: Path):
         save_strategy="no",
         report_to=[],
     )
-    print(f"fine-tuning the predecessor, {len(encoder_layers(model))} layers", flush=True)
+    if setup.process_index == 0:
+        print(f"fine-tuning the predecessor, {len(encoder_layers(model))} layers", flush=True)
     trainer = _trainer(args, task, tokenizer, model, datasets, setup)
     trainer.train()
     metrics = flatten(trainer.evaluate()) if args.do_eval else {}
@@ -117,7 +124,7 @@ def _build_student(args, model):
     """(what the Trainer trains, weight pairs for DSKD or None)."""
     if args.method == "finetune" and not args.num_successor_layers:
         return model, None
-    count = args.num_successor_layers or half(len(encoder_layers(model)))
+    count = args.num_successor_layers or default_successor_layers(len(encoder_layers(model)))
     if args.method == "theseus":
         theseus = TheseusModel(model, count, seed=args.seed)
         return theseus, theseus.pairs()
@@ -153,8 +160,8 @@ def _train(args, task, tokenizer, model, datasets):
     trainer = _trainer(
         args, task, tokenizer, student, datasets, setup, dskd=dskd, lambda_size=args.lambda_size if dskd else 0.0
     )
-    following = DSKDCallback(dskd, theseus, trainer.totals)
-    trainer.add_callback(following)
+    method_state = MethodStateCallback(dskd, theseus, trainer.totals)
+    trainer.add_callback(method_state)
     if theseus is not None:
         schedule = replacing_schedule(
             args.scheduler_type, args.replacing_rate, args.scheduler_linear_k, args.steps_for_replacing
@@ -163,7 +170,7 @@ def _train(args, task, tokenizer, model, datasets):
 
     checkpoint = last_checkpoint(output_dir) if args.resume else None
     if checkpoint:
-        following.load(checkpoint)
+        method_state.load(checkpoint)
     record = None
     if setup.process_index == 0:
         step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else None
@@ -171,7 +178,7 @@ def _train(args, task, tokenizer, model, datasets):
         trainer.add_callback(RecordCallback(record))
     layers = len(encoder_layers(_exported(student)))
     how = method_in_words(args, layers)
-    best_on = f"eval_{'selection' if args.selection_split else task.dev_sets[0]}_{primary(task)}"
+    best_on = f"eval_{'selection' if args.selection_split else task.dev_sets[0]}_{task.primary}"
 
     def save(folder: str, evaluation: dict[str, float]) -> None:
         export = _exported(student)
@@ -180,7 +187,9 @@ def _train(args, task, tokenizer, model, datasets):
     if args.do_eval:
         trainer.add_callback(BestStudentCallback(best_on, lambda metrics: save("student_best", flatten(metrics))))
 
-    print(f"training: {how}", flush=True)
+    if record is not None:
+        start = f"from {checkpoint.name}" if checkpoint else "from the beginning"
+        print(f"training: {how}" + (f", {start}" if args.resume else ""), flush=True)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     totals = trainer.totals
     history = [line for line in trainer.state.log_history if best_on in line]
@@ -194,13 +203,15 @@ def _train(args, task, tokenizer, model, datasets):
     save("student", last)
     best_step = max(history, key=lambda line: line[best_on])["step"] if history else None
     best = merged(trainer.state.log_history, best_step)
-    dev_metric = f"{task.dev_sets[0]}_{primary(task)}"
+    if best:  # written during that evaluation, when not all of its sets were known
+        write_text(output_dir / "student_best" / "README.md", card(args, task, export, how, best))
+    dev_metric = f"{task.dev_sets[0]}_{task.primary}"
     result = record.finish(
         task=task.name,
         method=args.method,
         dskd=_dskd_settings(args) if dskd else None,
         seed=args.seed,
-        metric=primary(task),
+        metric=task.primary,
         last=last.get(dev_metric),
         best=best.get(dev_metric),
         best_chosen_on="selection split of the training set" if args.selection_split else "dev",
@@ -254,5 +265,4 @@ def _predict(args, task, tokenizer, model, datasets) -> None:
 
 
 def _dskd_settings(args) -> dict:
-    names = ("lambda_size", "rank_size", "svd_steps", "grad_steps", "basis", "svd_driver", "direction")
-    return {name: getattr(args, name) for name in names} | {"grad_steps": args.grad_steps or args.svd_steps}
+    return {name: getattr(args, name) for name in DSKD_SETTINGS}

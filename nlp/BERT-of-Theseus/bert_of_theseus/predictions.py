@@ -1,12 +1,12 @@
 """Predictions on a test set, in the TSV format that the GLUE server takes."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from bert_of_theseus.metrics import decide
 from bert_of_theseus.tasks import Task
+from common.files import write_text
 
 
 def write_predictions(task: Task, folder: str | Path, logits: np.ndarray, set_name: str = "test") -> Path:
@@ -37,10 +37,6 @@ def write_predictions(task: Task, folder: str | Path, logits: np.ndarray, set_na
         words = [f"{value:.9g}" for value in values]
 
     path = Path(folder) / task.predictions[set_name]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
     lines = [f"{index}\t{word}\n" for index, word in enumerate(words)]
-    with aside.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(["index\tprediction\n", *lines])
-    os.replace(aside, path)
+    write_text(path, "".join(["index\tprediction\n", *lines]))
     return path

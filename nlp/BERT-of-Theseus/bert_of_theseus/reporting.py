@@ -1,5 +1,7 @@
 """Metrics of evaluations by set and name, in words, and in the model card."""
 
+from pathlib import Path
+
 from bert_of_theseus.tasks import Task
 
 
@@ -28,17 +30,22 @@ def method_in_words(args, layers: int) -> str:
     )
 
 
+def _name(model: str) -> str:
+    return Path(model).name if Path(model).exists() else model
+
+
 def card(args, task: Task, model, how: str, metrics: dict[str, float]) -> str:
     """README.md of a saved model."""
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
-    table = f"\n| dev metric | value |\n| --- | --- |\n{rows}\n" if metrics else ""
+    table = f"\n| metric | value |\n| --- | --- |\n{rows}\n" if metrics else ""
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     return f"""---
 library_name: transformers
 pipeline_tag: text-classification
 ---
 # {task.name}: {how}
 
-From `{args.model_name_or_path}`, seed {args.seed}. {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters.
+From `{_name(args.model_name_or_path)}`, seed {args.seed}. {size:.1f} M parameters.
 {table}
 ```python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer

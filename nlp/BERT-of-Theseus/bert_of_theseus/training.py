@@ -23,7 +23,7 @@ from common.files import write_aside
 from common.record import RunRecord
 from common.svd_loss import DirectionSensitivityLoss
 
-METHOD_STATE = "dskd_state.pt"
+METHOD_STATE = "method_state.pt"
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -48,8 +48,11 @@ class DistillationTrainer(Trainer):
         self.totals = {"examples": 0, "seconds": 0.0, "evaluation_seconds": 0.0}  # over all sessions of a resumed run
         self._sums: dict[str, torch.Tensor] = {}
         self._summed = 0
+        self._last_logged: tuple[int, float] | None = None  # examples, seconds without evaluations
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_):
+        if model.training and self._last_logged is None:
+            self._last_logged = self._clock()
         outputs = model(**inputs)
         loss = outputs["loss"]
         if model.training:
@@ -69,12 +72,23 @@ class DistillationTrainer(Trainer):
             for name, value in self._sums.items():
                 logs[name] = (self.accelerator.reduce(value, reduction="mean") / self._summed).item()
             self._sums, self._summed = {}, 0
+            logs["examples_per_second"] = self._examples_per_second()
             if self.dskd is not None:
                 effective = self.dskd.effective_directions().values()
                 logs["effective_directions"] = sum(effective) / len(effective)
             if isinstance(self.model, TheseusModel):
                 logs["replacing_probability"] = self.model.replacing_probability
         super().log(logs, *args, **kwargs)
+
+    def _examples_per_second(self) -> float:
+        """Since the last log line, time of evaluations left out."""
+        now = self._clock()
+        examples, seconds = (new - old for new, old in zip(now, self._last_logged, strict=True))
+        self._last_logged = now
+        return examples / max(seconds, 1e-9)
+
+    def _clock(self) -> tuple[int, float]:
+        return self.totals["examples"], time.perf_counter() - self.totals["evaluation_seconds"]
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
         # the Trainer would group by length here, too, and return predictions in another order than the file's
@@ -100,7 +114,7 @@ class DistillationTrainer(Trainer):
             raise UserError(f"the checkpoint is of another model: {wrong[0]} does not match")
 
 
-class DSKDCallback(TrainerCallback):
+class MethodStateCallback(TrainerCallback):
     """Brackets the optimizer step for DSKD; its state travels with every checkpoint, as do draws and totals.
 
     Args:
@@ -225,7 +239,7 @@ def training_arguments(args, output_dir: Path, **overrides) -> TrainingArguments
         "logging_steps": args.logging_steps,
         "logging_nan_inf_filter": False,  # a loss that is not finite is shown as such
         "eval_strategy": "steps" if evaluate else "no",
-        "eval_steps": (args.eval_steps or args.save_steps) if evaluate else None,
+        "eval_steps": args.eval_steps if evaluate else None,
         "save_steps": args.save_steps,
         "save_total_limit": args.save_total_limit,
         "report_to": [] if args.report_to == "none" else [args.report_to],
@@ -238,7 +252,10 @@ def training_arguments(args, output_dir: Path, **overrides) -> TrainingArguments
         names = {field.name for field in dataclasses.fields(TrainingArguments)}
         by_length = {"train_sampling_strategy": "group_by_length"}  # transformers 5; before, group_by_length
         settings.update(by_length if "train_sampling_strategy" in names else {"group_by_length": True})
-    return TrainingArguments(**{**settings, **overrides})
+    arguments = TrainingArguments(**{**settings, **overrides})
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several GPUs are for torchrun: in DataParallel every replica would draw for itself
+    return arguments
 
 
 def collator(tokenizer) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
