@@ -24,7 +24,7 @@ from demo_lib.report import image_latency, plot, read_result, size_mb, text_late
 ROOT = Path(__file__).resolve().parents[1]
 TEXT_SCRIPT = ROOT / "nlp" / "BERT-of-Theseus" / "run_glue_SVD_losslayer.py"
 IMAGE_SCRIPT = ROOT / "cv" / "train_svd.py"
-SENTENCES = 4000
+SENTENCES = 2500
 IMAGE_SEEDS = (1, 2, 3)
 TEXT_RUNS = {  # folder -> what it is, flags
     "predecessor": ("predecessor, 6 layers", ["--method", "finetune"]),
@@ -87,7 +87,7 @@ def text_half(args: argparse.Namespace) -> tuple[list[dict], dict[str, list[floa
     for name, (label, flags) in TEXT_RUNS.items():
         source = args.output_dir / "predecessor" / "student" if name.startswith("theseus") else model
         # the probability of replacing reaches 1 after some 60% of the steps
-        schedule = ["--scheduler_linear_k", "0.004"] if name.startswith("theseus") else []
+        schedule = ["--scheduler_linear_k", "0.006"] if name.startswith("theseus") else []
         folder = args.output_dir / name
         files = ["--model_name_or_path", source, "--output_dir", folder, "--overwrite_output_dir"]
         launch(label, [TEXT_SCRIPT, *files, *data, *common, *flags, *schedule], folder)
