@@ -5,6 +5,7 @@ python scripts/demo.py --task RTE --data_dir glue/RTE      the text half on a GL
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -147,10 +148,13 @@ def launch(label: str, command: list, folder: Path, threads: int | None = None) 
         raise UserError(f"{label} failed (exit code {done.returncode}); its output is above")
 
 
-def dskd_curve(folder: Path) -> list[tuple[int, float]]:
-    """(step, DSKD loss) of a run's log."""
+def dskd_curve(folder: Path) -> list[list[tuple[int, float]]]:
+    """(step, DSKD loss) of a run's log, one list for every choice of directions."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [(line["step"], line["dskd_loss"]) for line in lines if "dskd_loss" in line]
+    points = [(line["step"], line["dskd_loss"]) for line in lines if "dskd_loss" in line]
+    between = read_result(folder)["dskd"]["svd_steps"]
+    # a point is the mean of the steps up to it
+    return [list(part) for _, part in itertools.groupby(points, lambda point: (point[0] - 1) // between)]
 
 
 def shown(path: Path | str) -> str:

@@ -61,8 +61,13 @@ def write_table(path: Path, title: str, rows: list[dict[str, str]]) -> str:
     return text
 
 
-def plot(path: Path, panels: list[tuple[str, str, dict[str, list[float]]]], curve: list[tuple[int, float]]) -> None:
-    """One panel of bars a pipeline (title, axis, label -> values of the seeds) and the DSKD loss over the steps."""
+def plot(
+    path: Path, panels: list[tuple[str, str, dict[str, list[float]]]], curve: list[list[tuple[int, float]]]
+) -> None:
+    """One panel of bars a pipeline (title, axis, label -> values of the seeds) and the DSKD loss over the steps.
+
+    curve: (step, loss) points, one list for every choice of directions, between which the loss is not comparable.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -80,8 +85,10 @@ def plot(path: Path, panels: list[tuple[str, str, dict[str, list[float]]]], curv
         axis.set_xlim(min(every) - spread, max(every) + 0.15 * spread)  # bars do not start at zero: said in the label
         axis.invert_yaxis()
         axis.set(title=title, xlabel=f"{label} (axis cut)")
-    axes[-1].plot([step for step, _ in curve], [loss for _, loss in curve], color="#2f6f9f")
-    axes[-1].set(title="DSKD loss (text)", xlabel="optimizer step", ylabel="mean over layer pairs", ylim=(0, None))
+    for part in curve:
+        axes[-1].plot(*zip(*part, strict=True), color="#2f6f9f")
+    axes[-1].set(title="DSKD loss (text)", ylabel="mean over layer pairs", ylim=(0, None))
+    axes[-1].set_xlabel("optimizer step (gap: new directions)")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
