@@ -121,7 +121,9 @@ def execute(command: Sequence[str], folder: Path, environment: Mapping[str, str]
             pass_fds=(lock.fileno(),),
         )
         try:
-            code = process.wait()
+            # not wait(): interrupted, it first gives the command a quarter of a second, and submitit kills after one
+            while (code := process.poll()) is None:
+                time.sleep(_POLL_SECONDS)
         finally:
             process.kill()  # where waiting was interrupted
             process.wait()
