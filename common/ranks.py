@@ -1,6 +1,6 @@
 """Share work over the ranks of a distributed run: each computes its part, then all have all of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,13 @@ def share(items: Sequence[int]) -> list[int]:
     """The items that this rank works on: every world-size-th one."""
     rank, world = _world()
     return list(items[rank::world])
+
+
+def rounds(items: Sequence[int], size: int) -> Iterator[list[int]]:
+    """The items in parts, so large that each rank's share of a part is `size` items at most."""
+    part = size * _world()[1]
+    for start in range(0, len(items), part):
+        yield list(items[start : start + part])
 
 
 def exchange(tensor: torch.Tensor) -> torch.Tensor:

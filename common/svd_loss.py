@@ -13,6 +13,7 @@ transposition, so wide matrices are turned (`tall`) and m >= n holds inside. Not
 sigma_i u_i is W v_i, which stays accurate where sigma_i is tiny.
 """
 
+import math
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +21,13 @@ from functools import wraps
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from common.matrices import (
     DRIVERS,
     as_matrix,
+    columns,
+    flat,
     inner_product,
     right_singular,
     shape_of,
@@ -32,10 +35,13 @@ from common.matrices import (
     unit_scale,
     working,
 )
-from common.ranks import exchange, share
+from common.ranks import exchange, rounds, share
 
 BASES = ("own", "update")
 DIRECTIONS = ("sensitive", "plain", "random")
+_COUNTERS = ("steps", "choices", "expansions", "_held_since", "_postponed")
+_AT_ONCE = 2**22  # elements of the matrices that are decomposed together, which bounds the memory of a refresh
+_SAMPLE = 8  # every 8th element of a weight is looked at to see how far it has moved
 
 
 def _without_autocast(function):
@@ -50,7 +56,7 @@ def _without_autocast(function):
 
 
 @_without_autocast
-def direction_sensitivity(update: Tensor, grad: Tensor, alpha: float, driver: str = "svd") -> Tensor:
+def direction_sensitivity(update: Tensor, grad: Tensor, alpha: float, driver: str = "svd", rank: int = 0) -> Tensor:
     """Sensitivity J of every singular direction of a parameter update (method.md, steps 1 to 3).
 
     J_i = (1 - alpha) g_i / sum(g) + alpha c_i / sum(c), with first order g_i = sigma_i |u_i^T G v_i| and second order
@@ -62,6 +68,7 @@ def direction_sensitivity(update: Tensor, grad: Tensor, alpha: float, driver: st
         grad: (..., m, n), the gradient at that step.
         alpha: training progress in [0, 1]: gradient rules at 0, curvature at 1.
         driver: the decomposition, see `right_singular`.
+        rank: how many directions are to be selected, for the driver "randomized"; those beyond it score 0 there.
 
     Returns:
         (..., r) scores in the order of falling singular values of `update`; they sum to 1. A term whose sum is zero
@@ -75,12 +82,8 @@ def direction_sensitivity(update: Tensor, grad: Tensor, alpha: float, driver: st
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha (training progress) must lie in [0, 1], got {alpha}")
     update_mn, grad_mn = (unit_scale(tall(working(t.detach()))) for t in (update, grad))
-    _, V_nr = right_singular(update_mn, driver)
-    scaled_left_mr = update_mn @ V_nr  # sigma_i u_i
-    grad_right_mr = grad_mn @ V_nr
-    first_order = (scaled_left_mr * grad_right_mr).sum(-2).abs()
-    second_order = 0.5 * (grad_mn.mT @ scaled_left_mr).square().sum(-2) * grad_right_mr.square().sum(-2)
-    return (1.0 - alpha) * _share_of_sum(first_order) + alpha * _share_of_sum(second_order)
+    _, V_nq = right_singular(update_mn, driver, selected_count(rank, update_mn.shape[-1]))
+    return _scores(update_mn, grad_mn, V_nq, alpha)
 
 
 def select_directions(scores: Tensor, rank: int) -> Tensor:
@@ -129,9 +132,10 @@ def low_rank_alignment(student: Tensor, teacher: Tensor, weights: Tensor, driver
     """
     _check_alignment_shapes(student, teacher, weights)
     student_mn, teacher_mn = tall(working(student)), tall(working(teacher.detach()))
-    _, V_nr = right_singular(teacher_mn, driver)
-    root_r = weights.detach().to(student_mn.dtype).sqrt()
-    return _OwnAlignment.apply(student_mn, _low_rank(teacher_mn, V_nr, root_r), root_r, driver)
+    _, teacher_V_nn = right_singular(teacher_mn, driver)
+    weights = weights.detach().to(student_mn.dtype)
+    count = int((weights > 0).sum(-1).max()) if weights.numel() else 0
+    return _own_alignment(student_mn, teacher_mn, teacher_V_nn, weights, max(count, 1), driver)
 
 
 @_without_autocast
@@ -158,42 +162,56 @@ def selected_count(rank: int, r: int) -> int:
     return min(rank, r) if rank else r
 
 
+def _scores(update_mn: Tensor, grad_mn: Tensor, V_nq: Tensor, alpha: float) -> Tensor:
+    """J of the directions V_nq of tall updates, and 0 of the other n - q."""
+    scaled_left_mq = update_mn @ V_nq  # sigma_i u_i
+    grad_right_mq = grad_mn @ V_nq
+    first_order = (scaled_left_mq * grad_right_mq).sum(-2).abs()
+    second_order = 0.5 * (grad_mn.mT @ scaled_left_mq).square().sum(-2) * grad_right_mq.square().sum(-2)
+    scores = (1.0 - alpha) * _share_of_sum(first_order) + alpha * _share_of_sum(second_order)
+    return pad(scores, (0, V_nq.shape[-2] - V_nq.shape[-1]))
+
+
 class _OwnAlignment(torch.autograd.Function):
-    """|| A P(A) - T ||_F^2 for tall A, where P(A) = V diag(sqrt w) V^T comes from A's own right singular vectors.
+    """|| A P(A) - T~ ||_F^2 for tall A, where P(A) = V_K diag(p) V_K^T, p = sqrt(w), comes from A's own directions.
 
-    With p = sqrt(w), H = 2 (A P - T), M = A^T A = V diag(sigma^2) V^T, the chain rule for the spectral function
-    P of M gives  dP = V (F o (V^T dM V)) V^T  with  F_ij = (p_i - p_j) / (sigma_i^2 - sigma_j^2), F_ii = 0, hence
+    With H = 2 (A P - T~), M = A^T A = V diag(sigma^2) V^T, the chain rule for the spectral function P of M gives
+    dP = V (F o (V^T dM V)) V^T  with  F_ij = (p_i - p_j) / (sigma_i^2 - sigma_j^2), F_ii = 0, hence
 
-        D = H P + 2 A V (F o sym(V^T A^T H V)) V^T.
+        D = H P + A V S V^T,  S = 2 F o sym(V^T A^T H V).
 
-    It is the gradient of docs/method.md, with U eliminated. Where two singular values coincide but their weights
-    differ the loss has no derivative; x / (x^2 + eps^2) instead of 1 / x then gives 0 (the mean over the two orders)
-    in place of infinity, and differs from 1 / x by (eps / x)^2 elsewhere.
+    It is the gradient of docs/method.md, with U eliminated. S vanishes where neither index is in K, so that its k
+    columns in K say all: with Y = V S_nk, the rows in K halved, V S V^T = Y V_K^T + V_K Y^T, and no product costs more
+    than m n k. Where two singular values coincide but their weights differ the loss has no derivative;
+    x / (x^2 + eps^2) instead of 1 / x then gives 0 (the mean over the two orders) in place of infinity, and differs
+    from 1 / x by (eps / x)^2 elsewhere.
     """
 
     @staticmethod
-    def forward(ctx, student_mn: Tensor, teacher_low_rank_mn: Tensor, root_r: Tensor, driver: str) -> Tensor:
+    def forward(ctx, student_mn: Tensor, teacher_low_rank_mn: Tensor, root_n: Tensor, index_k: Tensor, driver: str):
         sigma_n, V_nn = right_singular(student_mn, driver)
-        student_V = student_mn @ V_nn
-        difference_mn = (student_V * root_r.unsqueeze(-2)) @ V_nn.mT - teacher_low_rank_mn
+        V_nk, root_k = columns(V_nn, index_k), root_n.gather(-1, index_k).unsqueeze(-2)
+        student_V_mk = student_mn @ V_nk
+        difference_mn = (student_V_mk * root_k) @ V_nk.mT - teacher_low_rank_mn
         if ctx.needs_input_grad[0]:
-            H_V = 2 * difference_mn @ V_nn
-            scale = sigma_n[..., :1].clamp(min=torch.finfo(sigma_n.dtype).tiny)
-            unit_sigma = sigma_n / scale
-            gap = unit_sigma.square().unsqueeze(-1) - unit_sigma.square().unsqueeze(-2)
-            floor = 100 * torch.finfo(gap.dtype).eps
-            F = (root_r.unsqueeze(-1) - root_r.unsqueeze(-2)) * gap / (gap.square() + floor**2)
-            unit_student_V = student_V / scale.unsqueeze(-1)
-            Q = unit_student_V.mT @ H_V
-            rotation = unit_student_V @ (F * (Q + Q.mT))  # 2 A V (F o sym(Q)), both factors A scaled by 1 / sigma_0
-            ctx.save_for_backward((H_V * root_r.unsqueeze(-2) + rotation) @ V_nn.mT)
+            scale = sigma_n[..., :1, None].clamp(min=torch.finfo(sigma_n.dtype).tiny)  # A is divided by its sigma_0
+            squares_n = (sigma_n / scale.squeeze(-1)).square()
+            gap_nk = squares_n.unsqueeze(-1) - squares_n.gather(-1, index_k).unsqueeze(-2)
+            floor = 100 * torch.finfo(gap_nk.dtype).eps
+            F_nk = (root_n.unsqueeze(-1) - root_k) * gap_nk / (gap_nk.square() + floor**2)
+            H_V_mk = 2 * (difference_mn @ V_nk)
+            unit_mn, unit_V_mk = student_mn / scale, student_V_mk / scale
+            S_nk = F_nk * (V_nn.mT @ (unit_mn.mT @ H_V_mk + 2 * (difference_mn.mT @ unit_V_mk)))
+            halved_n = torch.ones_like(sigma_n).scatter(-1, index_k, 0.5)
+            Y_nk = V_nn @ (halved_n.unsqueeze(-1) * S_nk)
+            ctx.save_for_backward((H_V_mk * root_k + unit_mn @ Y_nk) @ V_nk.mT + unit_V_mk @ Y_nk.mT)
         return difference_mn.square().sum((-2, -1))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output: Tensor):
         (gradient_mn,) = ctx.saved_tensors
-        return grad_output[..., None, None] * gradient_mn, None, None, None
+        return grad_output[..., None, None] * gradient_mn, None, None, None, None
 
 
 class _HeldGradient(torch.autograd.Function):
@@ -217,8 +235,12 @@ class _Group:
         self.names, self.students, self.teachers = names, students, teachers
         self.m, self.r = tall(as_matrix(students[0])).shape
         self.dtype = working(students[0].detach()).dtype
-        self.teacher_V: Tensor | None = None
+        self.teacher_V: dict[int, Tensor] = {}  # right singular vectors of the teachers that this rank needs
         self.weights = self.left = self.right = None  # None: no refresh has chosen directions yet
+
+    def rounds(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        """The rows in parts that are worked on together."""
+        return rounds(rows, max(1, _AT_ONCE // (self.m * self.r)))
 
     def stack(self, tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
         return torch.stack([tall(working(as_matrix(tensors[i].detach()))) for i in rows]).to(self.dtype)
@@ -246,7 +268,9 @@ class DirectionSensitivityLoss:
             itself (until a pair's first refresh, the leading directions of the student's weight).
         grad_steps: optimizer steps for which an exact gradient is held (1 = exact in every step); `None` =
             `svd_steps`.
-        driver: "gram" or "svd", see `right_singular`.
+        drift: after every `grad_steps` steps the gradient is held on if no student matrix has moved by more than this
+            share of its norm, ||W - W0|| / ||W0||, since the gradient was computed (0 = never held on).
+        driver: "gram", "svd" or "randomized", see `right_singular`.
         direction: "sensitive" is DSKD. The others are its control arms, which replace every matrix's gradient by
             another one of equal norm: "plain" by W_s - W_t, "random" by a random direction drawn at every expansion.
 
@@ -262,6 +286,7 @@ class DirectionSensitivityLoss:
         *,
         basis: str = "own",
         grad_steps: int | None = None,
+        drift: float = 0.0,
         driver: str = "gram",
         direction: str = "sensitive",
     ):
@@ -277,15 +302,20 @@ class DirectionSensitivityLoss:
         for name, value in (("svd_steps", svd_steps), ("grad_steps", grad_steps)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0.0 <= drift < float("inf"):
+            raise ValueError(f"drift must be 0 or a positive number, got {drift}")
         selected_count(rank, 1)
-        self.rank, self.svd_steps, self.grad_steps = rank, svd_steps, grad_steps
+        self.rank, self.svd_steps, self.grad_steps, self.drift = rank, svd_steps, grad_steps, drift
         self.basis, self.driver, self.direction = basis, driver, direction
         self.steps = 0  # optimizer steps seen
+        self.choices = 0  # choices of directions made
+        self.expansions = 0  # exact gradients computed
         self._names = [name for name, _, _ in pairs]
         self._students = [student for _, student, _ in pairs]
         self._groups = _group_by_shape(pairs)
         self._held: tuple[Tensor, list[Tensor]] | None = None  # constant, gradients D / pairs
         self._held_since = 0
+        self._origin: list[Tensor] = []  # with drift: a sample of the weights W0 at which the gradient is exact
         self._postponed = False
         self._warned = False
         self._seed = torch.initial_seed()  # of the run, which the random control arm follows
@@ -295,6 +325,9 @@ class DirectionSensitivityLoss:
         if self._held is None:
             self._held = self._expand()
             self._held_since = self.steps
+            self.expansions += 1
+            if self.drift:
+                self._origin = [sample.clone() for sample in self._samples()]
         constant, gradients = self._held
         with torch.autocast(constant.device.type, enabled=False):
             return _HeldGradient.apply(constant, gradients, *self._students)
@@ -319,6 +352,7 @@ class DirectionSensitivityLoss:
             raise ValueError(f"progress must lie in [0, 1], got {progress}")
         due = self._postponed or (self.steps + 1) % self.svd_steps == 0
         if due:  # the gradient is copied, too: some optimizers (Nesterov momentum) change it in place
+            self._held = None  # its memory serves the copies
             before = [weight.detach().clone() for weight in self._students]
             grads = [None if weight.grad is None else weight.grad.detach().clone() for weight in self._students]
         yield
@@ -326,7 +360,7 @@ class DirectionSensitivityLoss:
         if due:
             with torch.autocast(self._students[0].device.type, enabled=False):
                 self._postponed = not self._choose_directions(before, grads, progress, set(skip))
-        if (due and not self._postponed) or self.steps - self._held_since >= self.grad_steps:
+        if self._held is not None and (self.steps - self._held_since) % self.grad_steps == 0 and self._has_moved():
             self._held = None
 
     def effective_directions(self) -> dict[str, float]:
@@ -350,9 +384,10 @@ class DirectionSensitivityLoss:
         """All that a resumed run needs to continue bit for bit: counters, directions, the held gradient."""
         groups = [{"weights": g.weights, "left": g.left, "right": g.right} for g in self._groups]
         pairs = {name: list(W.shape) for name, W in zip(self._names, self._students, strict=True)}
-        counters = {"steps": self.steps, "held_since": self._held_since, "postponed": self._postponed}
+        counters = {key: getattr(self, key) for key in _COUNTERS}
         settings = {"rank": self.rank, "basis": self.basis, "direction": self.direction}
-        return {"pairs": pairs, "settings": settings, "counters": counters, "groups": groups, "held": self._held}
+        held = {"held": self._held, "origin": self._origin}
+        return {"pairs": pairs, "settings": settings, "counters": counters, "groups": groups, **held}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict()`; the pairs must have the same names and shapes, or a ValueError says so."""
@@ -369,9 +404,9 @@ class DirectionSensitivityLoss:
         for group, saved in zip(self._groups, state["groups"], strict=True):
             for key, value in saved.items():
                 setattr(group, key, _like(value, group.students[0]))
-        self.steps = state["counters"]["steps"]
-        self._held_since = state["counters"]["held_since"]
-        self._postponed = state["counters"]["postponed"]
+        for key in _COUNTERS:
+            setattr(self, key, state["counters"][key])
+        self._origin = [_like(sample, W) for sample, W in zip(state["origin"], self._students, strict=False)]
         self._held = None
         if state["held"] is not None:
             constant, gradients = state["held"]
@@ -390,65 +425,82 @@ class DirectionSensitivityLoss:
         uniform = select_directions(like.new_zeros(group.r), self.rank)  # equal scores: 1 / rank on the first ones
         return uniform.expand(len(group.names), -1)
 
+    def _samples(self) -> list[Tensor]:
+        return [flat(W.detach())[::_SAMPLE] for W in self._students]
+
+    def _has_moved(self) -> bool:
+        """Whether a student matrix is further than `drift` from where the held gradient is exact."""
+        if not (self.drift and self._origin):
+            return True
+        moved = [torch.linalg.vector_norm(now - W0) for now, W0 in zip(self._samples(), self._origin, strict=True)]
+        size = [torch.linalg.vector_norm(W0) for W0 in self._origin]
+        return bool((torch.stack(moved) > self.drift * torch.stack(size)).any())
+
     @torch.no_grad()
     def _choose_directions(self, before: list, grads: list, progress: float, skip: set[str]) -> bool:
         """Score and select anew; False, with nothing changed, if a gradient or an update is not finite."""
         updates = [start.neg_().add_(after.detach()) for after, start in zip(self._students, before, strict=True)]
         present = [tensor for tensor in (*updates, *grads) if tensor is not None]
-        if not torch.stack([tensor.isfinite().all() for tensor in present]).all():
+        largest = torch.stack([torch.linalg.vector_norm(tensor, torch.inf).double() for tensor in present]).tolist()
+        if not all(map(math.isfinite, largest)):
             if not self._warned:
                 warnings.warn("DSKD: a gradient or update is not finite; its directions stay as they are", stacklevel=4)
                 self._warned = True
             return False
-        if not torch.stack([dW.any() for dW in updates]).any():
+        if not any(largest[: len(updates)]):
             return False  # a scaler left the step out
+        nonzero = {id(tensor) for tensor, entry in zip(present, largest, strict=True) if entry}
         by_student = {id(W): (dW, G) for W, dW, G in zip(self._students, updates, grads, strict=True)}
         for group in self._groups:
             dW, G = zip(*(by_student[id(W)] for W in group.students), strict=True)
             moved = [
                 i
                 for i, name in enumerate(group.names)
-                if name not in skip and G[i] is not None and bool(G[i].any()) and bool(dW[i].any())
+                if name not in skip and id(dW[i]) in nonzero and id(G[i]) in nonzero
             ]
             if moved:
                 self._choose_for_group(group, moved, dW, G, progress)
+        self.choices += 1
         return True
 
     def _choose_for_group(self, group: _Group, moved: list[int], dW: Sequence, G: Sequence, progress: float) -> None:
-        mine = share(moved)
-        rows = [moved.index(i) for i in mine]
-        fresh = self._weights(group).new_zeros(len(moved), group.r)
-        if mine:
-            update_mn = group.stack(dW, mine)
-            scores = direction_sensitivity(update_mn, group.stack(G, mine), progress, self.driver)
-            fresh[rows] = select_directions(scores, self.rank)
-        weights = self._weights(group).clone()
-        weights[moved] = exchange(fresh)
-        if self.basis == "update":
-            if group.left is None:
-                self._start_directions(group)
-            left, right = (
-                group.left.new_zeros(len(moved), *group.left.shape[1:]),
-                fresh.new_zeros(len(moved), *group.right.shape[1:]),
-            )
+        if self.basis == "update" and group.left is None:
+            self._start_directions(group)
+        # new tensors: saved states keep the former ones
+        weights, left, right = (
+            None if tensor is None else tensor.clone() for tensor in (self._weights(group), group.left, group.right)
+        )
+        for rows in group.rounds(moved):
+            mine = share(rows)
+            fresh = [None if tensor is None else torch.zeros_like(tensor[rows]) for tensor in (weights, left, right)]
             if mine:
-                left[rows], right[rows] = self._directions(update_mn, fresh[rows])
-            group.left, group.right = group.left.clone(), group.right.clone()  # saved states keep the former
-            group.left[moved], group.right[moved] = exchange(left), exchange(right)
-        group.weights = weights
+                update_mn, grad_mn = (unit_scale(group.stack(tensors, mine)) for tensors in (dW, G))
+                _, V_nq = right_singular(update_mn, self.driver, selected_count(self.rank, group.r))
+                places = [rows.index(i) for i in mine]
+                fresh[0][places] = select_directions(_scores(update_mn, grad_mn, V_nq, progress), self.rank)
+                if left is not None:
+                    fresh[1][places], fresh[2][places] = self._directions(update_mn, V_nq, fresh[0][places])
+            for kept, new in zip((weights, left, right), fresh, strict=True):
+                if kept is not None:
+                    kept[rows] = exchange(new)
+        group.weights, group.left, group.right = weights, left, right
 
     def _start_directions(self, group: _Group) -> None:
         """For `update` before there is one: the leading directions of the student's weights."""
-        everyone = range(len(group.names))
-        group.left, group.right = self._directions(group.stack(group.students, everyone), self._weights(group))
+        left, right = [], []
+        for rows in group.rounds(range(len(group.names))):
+            student_mn = unit_scale(group.stack(group.students, rows))
+            _, V_nq = right_singular(student_mn, self.driver, selected_count(self.rank, group.r))
+            directions = self._directions(student_mn, V_nq, self._weights(group)[rows])
+            for side, found in zip((left, right), directions, strict=True):
+                side.append(found)
+        group.left, group.right = torch.cat(left), torch.cat(right)
 
-    def _directions(self, matrix_mn: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _directions(self, matrix_mn: Tensor, V_nq: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """u_i and v_i as columns, largest weight first, of the selected directions of (rows, m, n) matrices."""
-        scaled_mn = unit_scale(matrix_mn)
-        _, V_nr = right_singular(scaled_mn, self.driver)
-        chosen = weights.topk(selected_count(self.rank, weights.shape[-1])).indices.unsqueeze(-2)
-        right = V_nr.gather(-1, chosen.expand(-1, V_nr.shape[-2], -1))
-        return normalize(scaled_mn @ right, dim=-2), right
+        found = weights[..., : V_nq.shape[-1]]
+        right = columns(V_nq, found.topk(selected_count(self.rank, weights.shape[-1])).indices)
+        return normalize(matrix_mn @ right, dim=-2), right
 
     def _expand(self) -> tuple[Tensor, list[Tensor]]:
         """The exact loss and gradient at the present weights, as the expansion that `_HeldGradient` evaluates."""
@@ -456,34 +508,42 @@ class DirectionSensitivityLoss:
         total, by_name = 0.0, {}
         with torch.autocast(self._students[0].device.type, enabled=False):
             for group in self._groups:
-                mine = share(range(len(group.names)))
-                losses = working(group.students[0].detach()).new_zeros(len(group.names))
-                gradients = losses.new_zeros(len(group.names), group.m, group.r)
-                if mine:
-                    student_mn = group.stack(group.students, mine).requires_grad_()
-                    with torch.enable_grad():
-                        aligned = self._align(group, student_mn, mine)
-                        (gradients[mine],) = torch.autograd.grad(aligned.sum(), student_mn)
-                    losses[mine] = aligned.detach()
-                total = total + exchange(losses).sum() / count
-                gradients = exchange(gradients) / count
-                if self.direction != "sensitive":
-                    gradients = self._redirected(group, gradients)
-                for name, W, D in zip(group.names, group.students, gradients, strict=True):
-                    D = D if as_matrix(W).shape == D.shape else D.mT
-                    # the layout of the weight (channels_last, say), so that inner products need no copy
-                    by_name[name] = torch.empty_like(W.detach(), dtype=D.dtype).copy_(D.reshape(W.shape))
+                for rows in group.rounds(range(len(group.names))):
+                    losses, gradients = self._exact(group, rows)
+                    total = total + losses.sum() / count
+                    for i, D in zip(rows, gradients / count, strict=True):
+                        W = group.students[i]
+                        D = D if as_matrix(W).shape == D.shape else D.mT
+                        # the layout of the weight (channels_last, say), so that inner products need no copy
+                        D = torch.empty_like(W.detach(), dtype=D.dtype).copy_(D.reshape(W.shape))
+                        by_name[group.names[i]] = D
         gradients = [by_name[name] for name in self._names]
         return total - inner_product(gradients, [W.detach() for W in self._students]), gradients
 
-    def _redirected(self, group: _Group, gradients: Tensor) -> Tensor:
+    def _exact(self, group: _Group, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Losses (rows,) and gradients (rows, m, n) of some pairs of a group."""
+        mine = share(rows)
+        losses = working(group.students[0].detach()).new_zeros(len(rows))
+        gradients = losses.new_zeros(len(rows), group.m, group.r)
+        if mine:
+            places = [rows.index(i) for i in mine]
+            student_mn = group.stack(group.students, mine).requires_grad_()
+            with torch.enable_grad():
+                aligned = self._align(group, student_mn, mine)
+                (gradients[places],) = torch.autograd.grad(aligned.sum(), student_mn)
+            losses[places] = aligned.detach()
+        losses, gradients = exchange(losses), exchange(gradients)
+        return losses, gradients if self.direction == "sensitive" else self._redirected(group, rows, gradients)
+
+    def _redirected(self, group: _Group, rows: list[int], gradients: Tensor) -> Tensor:
         """Gradients of the same norms along the control arm's directions."""
-        everyone = range(len(group.names))
         if self.direction == "plain":
-            other = group.stack(group.students, everyone) - group.stack(group.teachers, everyone)
+            other = group.stack(group.students, rows) - group.stack(group.teachers, rows)
         else:  # a function of the step, so that ranks agree and resumed runs repeat
-            generator = torch.Generator().manual_seed(hash((self._seed, self.steps, self._groups.index(group))) % 2**63)
-            other = torch.randn(gradients.shape, generator=generator, dtype=gradients.dtype).to(gradients.device)
+            seeds = [hash((self._seed, self.steps, self._names.index(group.names[i]))) % 2**63 for i in rows]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            shape, dtype = gradients.shape[1:], gradients.dtype
+            other = torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in generators]).to(gradients.device)
         wanted, norm = (torch.linalg.matrix_norm(each, keepdim=True) for each in (gradients, other))
         return other * (wanted / torch.where(norm > 0, norm, 1.0))
 
@@ -498,10 +558,12 @@ class DirectionSensitivityLoss:
             return update_alignment(student_mn, teacher_mn, chosen, group.left[rows], group.right[rows])
         if group.weights is None and selected_count(self.rank, group.r) == group.r:
             return (student_mn - teacher_mn).square().sum((-2, -1)) / group.r  # equal weights: W~ = W / sqrt(r)
-        if group.teacher_V is None:  # the teacher is frozen: decomposed once
-            _, group.teacher_V = right_singular(teacher_mn, self.driver)
-        root_r = weights.sqrt()
-        return _OwnAlignment.apply(student_mn, _low_rank(teacher_mn, group.teacher_V, root_r), root_r, self.driver)
+        for i, matrix_mn in zip(rows, teacher_mn, strict=True):
+            if i not in group.teacher_V:  # the teacher is frozen: decomposed once
+                _, group.teacher_V[i] = right_singular(matrix_mn, self.driver)
+        teacher_V_nn = torch.stack([group.teacher_V[i] for i in rows])
+        count = selected_count(self.rank, group.r)
+        return _own_alignment(student_mn, teacher_mn, teacher_V_nn, weights, count, self.driver)
 
 
 def _group_by_shape(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> list[_Group]:
@@ -532,8 +594,14 @@ def _check_alignment_shapes(student: Tensor, teacher: Tensor, weights: Tensor) -
         raise ValueError(f"weights must have the shape {expected}, got {shape_of(weights)}")
 
 
-def _low_rank(matrix_mn: Tensor, V_nr: Tensor, root_r: Tensor) -> Tensor:
-    return (matrix_mn @ V_nr * root_r.unsqueeze(-2)) @ V_nr.mT
+def _own_alignment(
+    student_mn: Tensor, teacher_mn: Tensor, teacher_V_nn: Tensor, weights: Tensor, count: int, driver: str
+) -> Tensor:
+    """The alignment loss of tall matrices, of whose weights at most `count` are above zero."""
+    root_n, index_k = weights.sqrt(), weights.topk(count).indices
+    root_k, V_nk = root_n.gather(-1, index_k).unsqueeze(-2), columns(teacher_V_nn, index_k)
+    teacher_low_rank_mn = (teacher_mn @ V_nk * root_k) @ V_nk.mT
+    return _OwnAlignment.apply(student_mn, teacher_low_rank_mn, root_n, index_k, driver)
 
 
 def _like(value: Tensor | None, weight: Tensor) -> Tensor | None:

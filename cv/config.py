@@ -52,8 +52,9 @@ def defaults() -> CfgNode:
     cfg.DSKD.RANK = 0  # directions per matrix (int, 0: all)
     cfg.DSKD.SVD_STEPS = 100  # optimizer steps between choices of directions (int)
     cfg.DSKD.GRAD_STEPS = 5  # optimizer steps for which an exact gradient is held (int, 1: exact in every step)
+    cfg.DSKD.DRIFT = 0.0  # hold it on while no matrix has moved by this share of its norm (float, 0: never)
     cfg.DSKD.BASIS = "own"  # own: each network's singular triplets; update: the directions of the update (str)
-    cfg.DSKD.DRIVER = "gram"  # decomposition: gram (eigenvectors of W^T W) or svd (str)
+    cfg.DSKD.DRIVER = "gram"  # decomposition: gram (eigenvectors of W^T W), svd, or randomized for the updates (str)
     cfg.DSKD.DIRECTION = "sensitive"  # sensitive is DSKD; plain (W_s - W_t), random: controls of equal norm (str)
     cfg.DSKD.PAIRS = []  # [student layer, teacher layer] names, "*" alike in both (list, empty: conv1, conv2 of blocks)
     cfg.DSKD.SKIP_MISMATCHED = False  # leave out pairs whose shapes differ, instead of refusing them (bool)
@@ -208,7 +209,8 @@ def _validate(cfg: CfgNode, where: str) -> None:
         ("DSKD.SVD_STEPS", dskd.SVD_STEPS >= 1, "at least 1"),
         ("DSKD.GRAD_STEPS", dskd.GRAD_STEPS >= 1, "at least 1"),
         ("DSKD.BASIS", dskd.BASIS in ("own", "update"), "own or update"),
-        ("DSKD.DRIVER", dskd.DRIVER in ("gram", "svd"), "gram or svd"),
+        ("DSKD.DRIFT", dskd.DRIFT >= 0, "at least 0"),
+        ("DSKD.DRIVER", dskd.DRIVER in ("gram", "svd", "randomized"), "gram, svd or randomized"),
         ("DSKD.DIRECTION", dskd.DIRECTION in ("sensitive", "plain", "random"), "sensitive, plain or random"),
         ("DSKD.PAIRS", all(_is_pair(pair) for pair in dskd.PAIRS), "a list of [student layer, teacher layer]"),
         ("LOG.INTERVAL", cfg.LOG.INTERVAL >= 1, "at least 1"),

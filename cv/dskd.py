@@ -68,6 +68,7 @@ def build_dskd(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> Dir
         svd_steps=settings.SVD_STEPS,
         basis=settings.BASIS,
         grad_steps=settings.GRAD_STEPS,
+        drift=settings.DRIFT,
         driver=settings.DRIVER,
         direction=settings.DIRECTION,
     )

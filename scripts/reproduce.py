@@ -156,5 +156,6 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # running jobs are ended, too, as after Ctrl-C
+    for ending in (signal.SIGINT, signal.SIGTERM):  # also where a shell's background job would ignore Ctrl-C, as would
+        signal.signal(ending, signal.default_int_handler)  # its children: running jobs are ended, too
     run_cli(main)

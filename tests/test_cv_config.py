@@ -174,6 +174,7 @@ OUT_OF_RANGE = {
     "DSKD.RANK": "-1",
     "DSKD.SVD_STEPS": "0",
     "DSKD.GRAD_STEPS": "0",
+    "DSKD.DRIFT": "-0.1",
     "DSKD.BASIS": "both",
     "DSKD.DRIVER": "qr",
     "DSKD.DIRECTION": "up",

@@ -394,7 +394,8 @@ def test_a_terminated_runner_ends_its_jobs_and_resumes_them_later(write_table, t
     folders = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     command = [sys.executable, "scripts/reproduce.py", str(write_table(text)), "--seeds", "2", "--jobs", "2", *folders]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    runner = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    in_background = ["sh", "-c", """trap "" INT; exec "$@" """, "sh", *command]  # ignores Ctrl-C, as do its children
+    runner = subprocess.Popen(in_background, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     first = {run.seed: run for run in plan(load_table(tmp_path / "fake.yaml"), {}, 2, tmp_path / "runs")[::2]}
     for run in first.values():  # both at once: --jobs 2
         _wait_for(run.folder / "config.json")

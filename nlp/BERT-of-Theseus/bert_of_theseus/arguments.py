@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from common.errors import Parser, UserError
 
-DSKD_SETTINGS = ("lambda_size", "rank_size", "svd_steps", "grad_steps", "basis", "svd_driver", "direction")
+DSKD_SETTINGS = ("lambda_size", "rank_size", "svd_steps", "grad_steps", "drift", "basis", "svd_driver", "direction")
 _ONLY_WITH_THESEUS = ("replacing_rate", "scheduler_type", "scheduler_linear_k", "steps_for_replacing")
 _ONLY_WITH_KD = ("kd_alpha", "kd_temperature")
 _ONLY_WITH_PREDECESSOR = ("predecessor_num_train_epochs", "predecessor_learning_rate")
@@ -117,7 +117,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="steps for which the exact gradient of the DSKD loss is held (default: SVD_STEPS; 1: exact in every step)",
     )
     dskd.add_argument("--basis", choices=("own", "update"), default="own", help="whose singular directions are taken")
-    dskd.add_argument("--svd_driver", choices=("gram", "svd"), default="gram", help="decomposition at a refresh")
+    dskd.add_argument(
+        "--drift",
+        type=_at_least(float, 0),
+        default=0.0,
+        help="after GRAD_STEPS steps, hold the gradient on while no matrix moved by more than this share of its norm",
+    )
+    dskd.add_argument(
+        "--svd_driver",
+        choices=("gram", "svd", "randomized"),
+        default="gram",
+        help="decomposition at a refresh; randomized: of the updates, all else as gram",
+    )
 
     dskd.add_argument(
         "--direction",

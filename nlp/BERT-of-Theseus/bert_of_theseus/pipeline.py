@@ -241,6 +241,7 @@ def _build_dskd(args, pairs) -> DirectionSensitivityLoss | None:
         svd_steps=args.svd_steps,
         basis=args.basis,
         grad_steps=args.grad_steps,
+        drift=args.drift,
         driver=args.svd_driver,
         direction=args.direction,
     )
