@@ -1,8 +1,7 @@
 """The record of a run: resolved config, one JSON line per log step, one result file with all that a table needs."""
 
-import json
-import math
 import platform
+import re
 import resource
 import shlex
 import subprocess
@@ -11,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from common.files import write_json, write_text
+from common.files import write_json
+from common.step_log import StepLog
 
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "numpy")
 
@@ -28,19 +28,12 @@ class RunRecord:
     def __init__(self, folder: Path, config: dict[str, Any], resume_step: int | None = None):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._metrics = folder / "metrics.jsonl"
-        kept = []
-        if resume_step is not None and self._metrics.exists():
-            lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_step]
-        write_text(self._metrics, "".join(kept))
+        self._metrics = StepLog(folder / "metrics.jsonl", resume_step)
         write_json(folder / "config.json", config)
 
     def log(self, step: int, **values: Any) -> None:
         """Append one line; numbers that are not finite are written as strings, so that every line is valid JSON."""
-        line = {"step": step, **{key: _finite(value) for key, value in values.items()}}
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._metrics.append(step, **values)
 
     def finish(self, **result: Any) -> dict[str, Any]:
         """Write `result.json`: the given fields, then where, with what and by which command they were measured."""
@@ -62,8 +55,9 @@ def peak_memory_bytes() -> int:
 
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if (status := Path("/proc/self/status")).exists():  # Linux, whose ru_maxrss counts the launching process, too
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def git_revision() -> str:
@@ -102,7 +96,3 @@ def device_name() -> str:
         ]
         processor = names[0] if names else processor
     return f"{processor}, {torch.get_num_threads()} threads"
-
-
-def _finite(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

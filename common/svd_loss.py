@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+from common.alignment import own_alignment
 from common.matrices import (
     DRIVERS,
     as_matrix,
@@ -135,7 +136,7 @@ def low_rank_alignment(student: Tensor, teacher: Tensor, weights: Tensor, driver
     _, teacher_V_nn = right_singular(teacher_mn, driver)
     weights = weights.detach().to(student_mn.dtype)
     count = int((weights > 0).sum(-1).max()) if weights.numel() else 0
-    return _own_alignment(student_mn, teacher_mn, teacher_V_nn, weights, max(count, 1), driver)
+    return own_alignment(student_mn, teacher_mn, teacher_V_nn, weights, max(count, 1), driver)
 
 
 @_without_autocast
@@ -170,48 +171,6 @@ def _scores(update_mn: Tensor, grad_mn: Tensor, V_nq: Tensor, alpha: float) -> T
     second_order = 0.5 * (grad_mn.mT @ scaled_left_mq).square().sum(-2) * grad_right_mq.square().sum(-2)
     scores = (1.0 - alpha) * _share_of_sum(first_order) + alpha * _share_of_sum(second_order)
     return pad(scores, (0, V_nq.shape[-2] - V_nq.shape[-1]))
-
-
-class _OwnAlignment(torch.autograd.Function):
-    """|| A P(A) - T~ ||_F^2 for tall A, where P(A) = V_K diag(p) V_K^T, p = sqrt(w), comes from A's own directions.
-
-    With H = 2 (A P - T~), M = A^T A = V diag(sigma^2) V^T, the chain rule for the spectral function P of M gives
-    dP = V (F o (V^T dM V)) V^T  with  F_ij = (p_i - p_j) / (sigma_i^2 - sigma_j^2), F_ii = 0, hence
-
-        D = H P + A V S V^T,  S = 2 F o sym(V^T A^T H V).
-
-    It is the gradient of docs/method.md, with U eliminated. S vanishes where neither index is in K, so that its k
-    columns in K say all: with Y = V S_nk, the rows in K halved, V S V^T = Y V_K^T + V_K Y^T, and no product costs more
-    than m n k. Where two singular values coincide but their weights differ the loss has no derivative;
-    x / (x^2 + eps^2) instead of 1 / x then gives 0 (the mean over the two orders) in place of infinity, and differs
-    from 1 / x by (eps / x)^2 elsewhere.
-    """
-
-    @staticmethod
-    def forward(ctx, student_mn: Tensor, teacher_low_rank_mn: Tensor, root_n: Tensor, index_k: Tensor, driver: str):
-        sigma_n, V_nn = right_singular(student_mn, driver)
-        V_nk, root_k = columns(V_nn, index_k), root_n.gather(-1, index_k).unsqueeze(-2)
-        student_V_mk = student_mn @ V_nk
-        difference_mn = (student_V_mk * root_k) @ V_nk.mT - teacher_low_rank_mn
-        if ctx.needs_input_grad[0]:
-            scale = sigma_n[..., :1, None].clamp(min=torch.finfo(sigma_n.dtype).tiny)  # A is divided by its sigma_0
-            squares_n = (sigma_n / scale.squeeze(-1)).square()
-            gap_nk = squares_n.unsqueeze(-1) - squares_n.gather(-1, index_k).unsqueeze(-2)
-            floor = 100 * torch.finfo(gap_nk.dtype).eps
-            F_nk = (root_n.unsqueeze(-1) - root_k) * gap_nk / (gap_nk.square() + floor**2)
-            H_V_mk = 2 * (difference_mn @ V_nk)
-            unit_mn, unit_V_mk = student_mn / scale, student_V_mk / scale
-            S_nk = F_nk * (V_nn.mT @ (unit_mn.mT @ H_V_mk + 2 * (difference_mn.mT @ unit_V_mk)))
-            halved_n = torch.ones_like(sigma_n).scatter(-1, index_k, 0.5)
-            Y_nk = V_nn @ (halved_n.unsqueeze(-1) * S_nk)
-            ctx.save_for_backward((H_V_mk * root_k + unit_mn @ Y_nk) @ V_nk.mT + unit_V_mk @ Y_nk.mT)
-        return difference_mn.square().sum((-2, -1))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output: Tensor):
-        (gradient_mn,) = ctx.saved_tensors
-        return grad_output[..., None, None] * gradient_mn, None, None, None, None
 
 
 class _HeldGradient(torch.autograd.Function):
@@ -563,7 +522,7 @@ class DirectionSensitivityLoss:
                 _, group.teacher_V[i] = right_singular(matrix_mn, self.driver)
         teacher_V_nn = torch.stack([group.teacher_V[i] for i in rows])
         count = selected_count(self.rank, group.r)
-        return _own_alignment(student_mn, teacher_mn, teacher_V_nn, weights, count, self.driver)
+        return own_alignment(student_mn, teacher_mn, teacher_V_nn, weights, count, self.driver)
 
 
 def _group_by_shape(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> list[_Group]:
@@ -592,16 +551,6 @@ def _check_alignment_shapes(student: Tensor, teacher: Tensor, weights: Tensor) -
     expected = (*student.shape[:-2], min(student.shape[-2:]))
     if tuple(weights.shape) != expected:
         raise ValueError(f"weights must have the shape {expected}, got {shape_of(weights)}")
-
-
-def _own_alignment(
-    student_mn: Tensor, teacher_mn: Tensor, teacher_V_nn: Tensor, weights: Tensor, count: int, driver: str
-) -> Tensor:
-    """The alignment loss of tall matrices, of whose weights at most `count` are above zero."""
-    root_n, index_k = weights.sqrt(), weights.topk(count).indices
-    root_k, V_nk = root_n.gather(-1, index_k).unsqueeze(-2), columns(teacher_V_nn, index_k)
-    teacher_low_rank_mn = (teacher_mn @ V_nk * root_k) @ V_nk.mT
-    return _OwnAlignment.apply(student_mn, teacher_low_rank_mn, root_n, index_k, driver)
 
 
 def _like(value: Tensor | None, weight: Tensor) -> Tensor | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from common.directions import DirectionRecord
 from common.errors import UserError
 from common.files import write_aside
 from common.record import RunRecord
@@ -31,7 +32,8 @@ EVALUATION_BATCH = 500
 CHECKPOINT = "checkpoint.pt"
 # what a resumed run may change; LOG.*, too
 _FREE_ON_RESUME = ("OUTPUT_DIR", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "SOLVER.EPOCHS", "SOLVER.COMPILE")
-_WRITTEN = (CHECKPOINT, "student", "student_best", "tracking", "config.json", "metrics.jsonl", "result.json")
+_WRITTEN = (CHECKPOINT, "student", "student_best", "tracking", "config.json", "metrics.jsonl", "directions.jsonl")
+_WRITTEN += ("result.json",)
 
 
 def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
@@ -171,7 +173,12 @@ class _Run:
         if resume:
             self._load()
         cfg, progress, main = self.cfg, self.progress, self.accelerator.is_main_process
-        self.record = RunRecord(self.folder, as_dict(cfg), progress.step if resume else None) if main else None
+        resume_step = progress.step if resume else None
+        self.record = RunRecord(self.folder, as_dict(cfg), resume_step) if main else None
+        self.directions = None
+        if main and self.dskd is not None:
+            pairs = layer_pairs(self.distiller.student, self.distiller.teacher, cfg.DSKD)
+            self.directions = DirectionRecord(self.folder, self.dskd, pairs, resume_step)
         self.accelerator.init_trackers("run")
         bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=not (main and cfg.LOG.PROGRESS))
         start = time.perf_counter() - progress.wall_seconds
@@ -204,6 +211,8 @@ class _Run:
             except torch.linalg.LinAlgError as error:  # DSKD decomposes weights that are no longer finite
                 raise UserError(f"the run diverged in step {progress.step + 1}: {error}; lower SOLVER.LR") from error
             progress.step += 1
+            if self.directions is not None:
+                self.directions.follow(progress.step)
             bar.update()
             if progress.step % self.cfg.LOG.INTERVAL == 0 or progress.step == first_step + len(self.loader):
                 values = {name: value.item() for name, value in losses.items()}

@@ -1,8 +1,10 @@
 """What DSKD and the training loops cost, each beside a rival in the same run; writes results/benchmark/*.json.
 
+python scripts/benchmark.py startup     seconds of --help and to a first training step
 python scripts/benchmark.py method      DSKD's share of a training step, and against an SVD in every step
-python scripts/benchmark.py cv          images per second beside the toolkits' loop (needs CIFAR-100)
-python scripts/benchmark.py all         both
+python scripts/benchmark.py cv          images per second and memory beside the toolkits' loop (needs CIFAR-100)
+python scripts/benchmark.py nlp         examples per second and metric beside the GLUE example's loop (needs GLUE)
+python scripts/benchmark.py all         all of these
 """
 
 import argparse
@@ -12,28 +14,66 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nlp" / "BERT-of-Theseus"))
 
-from common.errors import Parser, run_cli
+from common.errors import Parser, UserError, run_cli
 from common.torchvision_repair import repair_torchvision
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+TASKS = ("RTE", "MRPC", "CoLA", "SST-2")
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("method", "cv", "all"))
+    parser.add_argument("what", choices=("startup", "method", "cv", "nlp", "all"))
     parser.add_argument(
         "--output", type=Path, default=ROOT / "results" / "benchmark", help="default: results/benchmark"
     )
-    parser.add_argument("--cifar100", default="data/cifar100", help="folder of CIFAR-100 (default: data/cifar100)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; figures mean nothing")
+    parser.add_argument("--cifar100", default="data/cifar100", help="cv: folder of CIFAR-100 (default: data/cifar100)")
+    nlp = parser.add_argument_group("nlp")
+    nlp.add_argument("--glue", default="data/glue", help="folder with RTE/train.tsv and so on (default: data/glue)")
+    nlp.add_argument(
+        "--model",
+        default="nreimers/MiniLM-L6-H384-uncased",
+        help="pretrained encoder, a folder or a hub name (default: %(default)s)",
+    )
+    nlp.add_argument("--tasks", nargs="+", default=TASKS, metavar="TASK", help=f"default: {' '.join(TASKS)}")
+    nlp.add_argument("--seeds", type=int, default=2, help="trainings by each loop (default: 2)")
+    nlp.add_argument(
+        "--block",
+        type=int,
+        default=8,
+        help="steps between turns, a training is 7 x BLOCK (default: 8; 11: RTE's epoch)",
+    )
+    nlp.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of both loops (default: bf16)")
     args = parser.parse_args()
+    for name in ("seeds", "block"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: at least 1")
     repair_torchvision()
-    from benchmark_lib import loops, method
 
-    if args.what in ("method", "all"):
+    def wanted(name: str) -> bool:
+        return args.what in (name, "all")
+
+    if wanted("startup"):
+        from benchmark_lib import startup
+
+        print(startup.run(args.output, args.quick), flush=True)
+    if wanted("method"):
+        from benchmark_lib import method
+
         print(method.run(args.output, args.quick), flush=True)
-    if args.what in ("cv", "all"):
+    if wanted("cv"):
+        from benchmark_lib import loops
+
         print(loops.run(args.output, args.quick, args.cifar100), flush=True)
+    if wanted("nlp"):
+        from benchmark_lib import glue
+
+        bf16 = args.precision == "bf16"
+        work = (args.glue, args.model, args.tasks, args.seeds, args.block, bf16)
+        print(glue.run(args.output, args.quick, *work), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,37 @@
-"""Images per second of the CIFAR loop beside the plain loop of the toolkits, one run, taking turns."""
+"""Images per second and peak memory of the CIFAR loop beside the plain loop of the toolkits, taking turns."""
 
 from pathlib import Path
 
 import torch
-from accelerate.utils import set_seed
 
+from benchmark_lib.memory import CIFAR_IMAGES, peak_memory_apart
 from benchmark_lib.plain_loop import PlainLoop
 from benchmark_lib.timing import interleaved, summary, table, write
 from cv.config import load_config
-from cv.data import EpochLoader, load_dataset
+from cv.data import DataSets, EpochLoader, load_dataset
 from cv.methods import build_distiller
 from cv.models import build_model
 
-BATCH = 64
+LOOPS = ("ours", "plain")
+PRECISIONS = ("fp32", "bf16")
 
 
 class OurLoop:
     """The steps of cv/trainer.py: images augmented in batches on the device, channels_last, nothing read per step."""
 
-    def __init__(self, student, teacher, data, batch: int):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    def __init__(self, student, teacher, data: DataSets, batch: int, bf16: bool):
+        self.device, self.bf16 = "cuda" if torch.cuda.is_available() else "cpu", bf16
         cfg = load_config("configs/cifar100/kd/res56_res20.yaml")
         self.kd = build_distiller(
             "kd", student, teacher, cfg.KD, num_classes=100, image_shape=(3, 32, 32), num_train=len(data.train)
-        ).to(device, memory_format=torch.channels_last)
+        ).to(self.device, memory_format=torch.channels_last)
         self.loader = EpochLoader(
             data.train,
             batch,
             augment=data.augment,
             mean=data.mean,
             std=data.std,
-            device=device,
+            device=self.device,
             seed=0,
             shuffle=True,
             channels_last=True,
@@ -46,33 +47,49 @@ class OurLoop:
                 self.batches = self.loader.epoch(self.epoch)
                 batch = next(self.batches)
             self.optimizer.zero_grad(set_to_none=True)
-            sum(self.kd(*batch)[1].values()).backward()
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+                losses = self.kd(*batch)[1]
+            sum(losses.values()).backward()
             self.optimizer.step()
 
 
+def build(loop: str, data: DataSets, batch: int, precision: str, workers: int = 2) -> OurLoop | PlainLoop:
+    """Either loop for KD of ResNet20 from ResNet56, networks initialised alike."""
+    torch.manual_seed(0)
+    student, teacher = build_model("resnet20", 100), build_model("resnet56", 100)
+    bf16 = precision == "bf16"
+    if loop == "ours":
+        return OurLoop(student, teacher, data, batch, bf16)
+    return PlainLoop(student, teacher, data.train, data.mean, data.std, batch, workers, bf16)
+
+
 def run(folder: Path, quick: bool, root: str) -> str:
-    """KD of ResNet20 from ResNet56 at batch 64, networks initialised alike; returns the table."""
+    """KD of ResNet20 from ResNet56 at batch 64 in both precisions; returns the table."""
     data = load_dataset("cifar100", root)
-    loops = {}
-    for name in ("ours", "plain"):
-        set_seed(0)
-        student, teacher = build_model("resnet20", 100), build_model("resnet56", 100)
-        if name == "ours":
-            loops[name] = OurLoop(student, teacher, data, BATCH)
-        else:
-            loops[name] = PlainLoop(student, teacher, data.train, data.mean, data.std, BATCH, workers=2)
-    steps = 2 if quick else 20
-    seconds = interleaved({name: lambda loop=loop: loop.run(steps) for name, loop in loops.items()}, 1 if quick else 7)
-    rates = {name: summary([steps * BATCH / value for value in values]) for name, values in seconds.items()}
-    ratio = rates["ours"]["median"] / rates["plain"]["median"]
-    results = {"case": "KD, ResNet56 -> ResNet20, batch 64, fp32", "images_per_second": rates, "ratio": ratio}
-    path = write("cv", results, folder)
+    batch, steps, images = (8, 1, 64) if quick else (64, 20, CIFAR_IMAGES)
+    loops = {(loop, precision): build(loop, data, batch, precision) for precision in PRECISIONS for loop in LOOPS}
+    works = {key: lambda loop=loop: loop.run(steps) for key, loop in loops.items()}
+    seconds = interleaved(works, 1 if quick else 7)
+    rates = {key: summary([steps * batch / value for value in values]) for key, values in seconds.items()}
+    memory = {key: peak_memory_apart(*key, batch, steps, images) for key in loops}
+    results = {
+        precision: {
+            "images_per_second": {loop: rates[loop, precision] for loop in LOOPS},
+            "ratio": rates["ours", precision]["median"] / rates["plain", precision]["median"],
+            "peak_memory_bytes": {loop: memory[loop, precision] for loop in LOOPS},
+        }
+        for precision in PRECISIONS
+    }
+    path = write("cv", {"case": f"KD, ResNet56 -> ResNet20, batch {batch}", "precisions": results}, folder)
     rows = [
         {
-            "loop": name,
-            "images/s, median": f"{r['median']:.0f}",
-            "lowest to highest": f"{r['min']:.0f} to {r['max']:.0f}",
+            "loop": loop,
+            "precision": precision,
+            "images/s, median": f"{rates[loop, precision]['median']:.0f}",
+            "lowest to highest": f"{rates[loop, precision]['min']:.0f} to {rates[loop, precision]['max']:.0f}",
+            "ratio to plain": f"{results[precision]['ratio']:.2f}" if loop == "ours" else "",
+            "peak memory, MB": f"{memory[loop, precision] / 1e6:.0f}",
         }
-        for name, r in rates.items()
+        for loop, precision in loops
     ]
-    return f"{table(rows)}\n\nratio of the medians {ratio:.2f}\n\n{path}"
+    return f"{table(rows)}\n\n{path}"

@@ -26,13 +26,16 @@ class Case:
     svd_steps: int = 100
 
 
-def bert_case(batch: int, length: int, device: str) -> Case:
-    """BERT-base 12 -> 6 by module replacing, half of the modules replaced, random weights and tokens."""
+def bert_case(batch: int, length: int, device: str, **sizes: int) -> Case:
+    """BERT-base 12 -> 6 by module replacing, half of the modules replaced, random weights and tokens.
+
+    sizes: settings of BertConfig that replace BERT-base's.
+    """
     from transformers import BertConfig, BertForSequenceClassification
 
     from bert_of_theseus.modeling import TheseusModel
 
-    model = TheseusModel(BertForSequenceClassification(BertConfig()), 6, seed=0).to(device).train()
+    model = TheseusModel(BertForSequenceClassification(BertConfig(**sizes)), 6, seed=0).to(device).train()
     model.replacing_probability = 0.5
     tokens = torch.randint(30522, (batch, length), device=device)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
@@ -102,7 +105,7 @@ def measure(case: Case, repeats: int) -> dict:
     cost = seconds["held"]["median"] + seconds["expand"]["median"] / case.grad_steps
     cost += seconds["choose directions"]["median"] / case.svd_steps
     elements = sum(student.numel() for student in students)
-    kept = _tensors(dskd)
+    kept = _kept(dskd)
     return {
         "case": case.name,
         "pairs": len(case.pairs),
@@ -118,8 +121,9 @@ def measure(case: Case, repeats: int) -> dict:
 def run(folder: Path, quick: bool) -> str:
     """Both recipes; returns the table."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = {"hidden_size": 48, "intermediate_size": 64} if quick else {}
     results = [
-        measure(bert_case(2 if quick else 32, 16 if quick else 128, device), 1 if quick else 3),
+        measure(bert_case(2 if quick else 32, 16 if quick else 128, device, **sizes), 1 if quick else 3),
         measure(resnet_case(4 if quick else 64, device), 2 if quick else 20),
     ]
     path = write("method", {"results": results}, folder)
@@ -137,9 +141,15 @@ def run(folder: Path, quick: bool) -> str:
     return f"{table(rows)}\n\n{path}"
 
 
-def _tensors(dskd: DirectionSensitivityLoss) -> list[Tensor]:
+def _kept(dskd: DirectionSensitivityLoss) -> list[Tensor]:
     """Everything that the loss keeps between steps."""
-    kept = list(dskd._held[1]) if dskd._held else []
-    for group in dskd._groups:
-        kept += [t for t in (group.teacher_V, group.weights, group.left, group.right) if t is not None]
-    return kept
+    return _tensors([dskd.state_dict(), [group.teacher_V for group in dskd._groups]])
+
+
+def _tensors(tree) -> list[Tensor]:
+    """The tensors in nested dictionaries, lists and tuples."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [tensor for branch in tree for tensor in _tensors(branch)] if isinstance(tree, list | tuple) else []

@@ -40,9 +40,17 @@ class PlainLoop:
     """KD of a student from a teacher (temperature 4, weights 0.1 and 0.9), `steps` at a time."""
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, image_set: ImageSet, mean, std, batch: int, workers: int
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        image_set: ImageSet,
+        mean,
+        std,
+        batch: int,
+        workers: int,
+        bf16: bool = False,
     ):
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device, self.bf16 = "cuda" if torch.cuda.is_available() else "cpu", bf16
         self.student, self.teacher = student.to(self.device), teacher.to(self.device).eval()
         self.loader = DataLoader(
             PILImages(image_set, mean, std),
@@ -63,10 +71,11 @@ class PlainLoop:
                 self.batches = iter(self.loader)
                 images, labels = next(self.batches)
             images, labels = images.to(self.device), labels.to(self.device)
-            logits = self.student(images)
-            with torch.no_grad():
-                teacher_logits = self.teacher(images)
-            loss = 0.1 * nn.functional.cross_entropy(logits, labels) + 0.9 * kd_loss(logits, teacher_logits, 4.0)
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+                logits = self.student(images)
+                with torch.no_grad():
+                    teacher_logits = self.teacher(images)
+                loss = 0.1 * nn.functional.cross_entropy(logits, labels) + 0.9 * kd_loss(logits, teacher_logits, 4.0)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()

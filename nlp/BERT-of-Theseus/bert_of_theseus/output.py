@@ -10,7 +10,7 @@ from common.files import write_json
 
 # what a run writes, and what --overwrite_output_dir therefore may remove
 _WRITTEN = ("checkpoint-*", "student", "student_best", "predecessor", "predictions", "runs", "metrics.jsonl")
-_WRITTEN += ("config.json", "result.json", "evaluation.json")
+_WRITTEN += ("directions.jsonl", "config.json", "result.json", "evaluation.json")
 # what a resumed run may be given otherwise than the run that it continues
 _FREE_ON_RESUME = ("resume", "overwrite_output_dir", "output_dir", "data_dir", "cache_dir", "do_predict", "test_file")
 _FREE_ON_RESUME += ("per_gpu_eval_batch_size", "save_total_limit", "report_to", "disable_tqdm", "torch_compile")

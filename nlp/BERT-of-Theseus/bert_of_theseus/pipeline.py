@@ -32,6 +32,7 @@ from bert_of_theseus.training import (
     save_student,
     training_arguments,
 )
+from common.directions import DirectionRecord
 from common.errors import UserError
 from common.files import write_json, write_text
 from common.record import RunRecord
@@ -175,7 +176,8 @@ def _train(args, task, tokenizer, model, datasets):
     if setup.process_index == 0:
         step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else None
         record = RunRecord(output_dir, vars(args), resume_step=step)
-        trainer.add_callback(RecordCallback(record))
+        directions = DirectionRecord(output_dir, dskd, pairs, resume_step=step) if dskd else None
+        trainer.add_callback(RecordCallback(record, directions))
     layers = len(encoder_layers(_exported(student)))
     how = method_in_words(args, layers)
     best_on = f"eval_{'selection' if args.selection_split else task.dev_sets[0]}_{task.primary}"

@@ -18,6 +18,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, Train
 from bert_of_theseus.metrics import compute
 from bert_of_theseus.modeling import TheseusModel
 from bert_of_theseus.tasks import Task
+from common.directions import DirectionRecord
 from common.errors import UserError
 from common.files import write_aside
 from common.record import RunRecord
@@ -183,10 +184,14 @@ class ReplacingCallback(TrainerCallback):
 
 
 class RecordCallback(TrainerCallback):
-    """Copies every log line of the Trainer into the run record."""
+    """Copies every log line of the Trainer into the run record, and DSKD's choices into theirs."""
 
-    def __init__(self, record: RunRecord):
-        self.record = record
+    def __init__(self, record: RunRecord, directions: DirectionRecord | None):
+        self.record, self.directions = record, directions
+
+    def on_step_end(self, args, state, control, **_):
+        if self.directions is not None:
+            self.directions.follow(state.global_step)
 
     def on_log(self, args, state, control, logs=None, **_):
         if state.is_world_process_zero and logs:

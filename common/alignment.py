@@ -1,0 +1,92 @@
+"""The loss of the reading `own` on tall matrices and its exact gradient (docs/method.md, "The gradient of `own`").
+
+With p = sqrt(w), P = V diag(p) V^T and H = 2 (A P - T~), the gradient with respect to A = W_s is
+
+    D = H P + A V S V^T,   S = 2 F o sym(V^T A^T H V),   F_ij = (p_i - p_j) / (sigma_i^2 - sigma_j^2),  F_ii = 0.
+
+Only the k selected directions have p > 0, and S vanishes where neither index is selected. Few directions: every product
+takes k columns, m n k operations. Many: n x n matrices first, six products of m n^2 operations in all.
+"""
+
+import torch
+from torch import Tensor
+
+from common.matrices import columns, right_singular
+
+
+def own_alignment(
+    student_mn: Tensor, teacher_mn: Tensor, teacher_V_nn: Tensor, weights_n: Tensor, count: int, driver: str
+) -> Tensor:
+    """Losses (...) of tall matrices (..., m, n), of whose weights (..., n) at most `count` are above zero."""
+    root_n = weights_n.sqrt()
+    index_k = weights_n.topk(count).indices if 2 * count < weights_n.shape[-1] else None
+    teacher_low_rank_mn = _weighted(teacher_mn, teacher_V_nn, root_n, index_k)
+    return _OwnAlignment.apply(student_mn, teacher_low_rank_mn, root_n, index_k, driver)
+
+
+class _OwnAlignment(torch.autograd.Function):
+    """|| A P - T~ ||_F^2, where P comes from A's own right singular vectors; `index_k` is None for many directions."""
+
+    @staticmethod
+    def forward(ctx, student_mn: Tensor, teacher_low_rank_mn: Tensor, root_n: Tensor, index_k: Tensor | None, driver):
+        sigma_n, V_nn = right_singular(student_mn, driver)
+        difference_mn = _weighted(student_mn, V_nn, root_n, index_k) - teacher_low_rank_mn
+        if ctx.needs_input_grad[0]:
+            gradient = _gradient_of_many if index_k is None else _gradient_of_few
+            ctx.save_for_backward(gradient(student_mn, difference_mn, sigma_n, V_nn, root_n, index_k))
+        return difference_mn.square().sum((-2, -1))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        (gradient_mn,) = ctx.saved_tensors
+        return grad_output[..., None, None] * gradient_mn, None, None, None, None
+
+
+def _weighted(matrix_mn: Tensor, V_nn: Tensor, root_n: Tensor, index_k: Tensor | None) -> Tensor:
+    """W~ = W P = sum_i p_i sigma_i u_i v_i^T."""
+    if index_k is None:
+        return matrix_mn @ _projection(V_nn, root_n)
+    V_nk, root_k = columns(V_nn, index_k), root_n.gather(-1, index_k)
+    return (matrix_mn @ V_nk * root_k.unsqueeze(-2)) @ V_nk.mT
+
+
+def _projection(V_nn: Tensor, root_n: Tensor) -> Tensor:
+    return (V_nn * root_n.unsqueeze(-2)) @ V_nn.mT
+
+
+def _gradient_of_many(
+    student_mn: Tensor, difference_mn: Tensor, sigma_n: Tensor, V_nn: Tensor, root_n: Tensor, _: None
+) -> Tensor:
+    F_nn, scale = _divided_differences(sigma_n, sigma_n, root_n, root_n)
+    unit_mn = student_mn / scale
+    Q_nn = V_nn.mT @ (unit_mn.mT @ difference_mn) @ V_nn  # half of V^T A^T H V
+    S_nn = 2 * F_nn * (Q_nn + Q_nn.mT)
+    return difference_mn @ (2 * _projection(V_nn, root_n)) + unit_mn @ (V_nn @ S_nn @ V_nn.mT)
+
+
+def _gradient_of_few(
+    student_mn: Tensor, difference_mn: Tensor, sigma_n: Tensor, V_nn: Tensor, root_n: Tensor, index_k: Tensor
+) -> Tensor:
+    """With Y = V S_nk, where the rows of S in K are halved, V S V^T is Y V_K^T + V_K Y^T."""
+    V_nk, root_k = columns(V_nn, index_k), root_n.gather(-1, index_k)
+    F_nk, scale = _divided_differences(sigma_n, sigma_n.gather(-1, index_k), root_n, root_k)
+    unit_mn = student_mn / scale
+    unit_V_mk, H_V_mk = unit_mn @ V_nk, 2 * (difference_mn @ V_nk)
+    S_nk = F_nk * (V_nn.mT @ (unit_mn.mT @ H_V_mk + 2 * (difference_mn.mT @ unit_V_mk)))
+    halved_n = torch.ones_like(sigma_n).scatter(-1, index_k, 0.5)
+    Y_nk = V_nn @ (halved_n.unsqueeze(-1) * S_nk)
+    return (H_V_mk * root_k.unsqueeze(-2) + unit_mn @ Y_nk) @ V_nk.mT + unit_V_mk @ Y_nk.mT
+
+
+def _divided_differences(sigma_i: Tensor, sigma_j: Tensor, p_i: Tensor, p_j: Tensor) -> tuple[Tensor, Tensor]:
+    """F (..., i, j) of singular values in units of the largest one, and that unit (..., 1, 1).
+
+    Where two singular values coincide but their weights differ the loss has no derivative; x / (x^2 + eps^2) instead of
+    1 / x then gives 0 (the mean over the two orders) in place of infinity, and differs from 1 / x by (eps / x)^2
+    elsewhere.
+    """
+    scale = sigma_i[..., :1].clamp(min=torch.finfo(sigma_i.dtype).tiny)
+    gap = (sigma_i / scale).square().unsqueeze(-1) - (sigma_j / scale).square().unsqueeze(-2)
+    floor = 100 * torch.finfo(gap.dtype).eps
+    return (p_i.unsqueeze(-1) - p_j.unsqueeze(-2)) * gap / (gap.square() + floor**2), scale.unsqueeze(-1)

@@ -1,0 +1,61 @@
+"""The record of the directions that DSKD has chosen: `directions.jsonl` beside the run's `metrics.jsonl`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.step_log import StepLog
+from common.svd_loss import DirectionSensitivityLoss
+
+
+class DirectionRecord:
+    """Writes one line per choice of directions (one process only: rank 0):
+
+    {"step": s, "weights": {pair: {"index": [...], "weight": [...]}}, "distance": {pair: ||W_s - W_t||_F / ||W_t||_F}}
+
+    `index` counts the singular directions of the update from 0, the largest singular value first, and leaves out those
+    of weight 0; numbers have 4 significant digits. A pair that kept its directions is written with those.
+
+    Args:
+        folder: the run's output folder.
+        dskd: the loss that chooses, with its state loaded if the run is resumed.
+        pairs: what it was made of, (name, student weight, teacher weight).
+        resume_step: on resuming, the step of the checkpoint; lines of later steps are dropped, they come again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dskd: DirectionSensitivityLoss,
+        pairs: Sequence[tuple[str, Tensor, Tensor]],
+        resume_step: int | None = None,
+    ):
+        self._log = StepLog(folder / "directions.jsonl", resume_step)
+        self._dskd, self._pairs = dskd, pairs
+        self._choices = dskd.choices
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """After an optimizer step, `step` of them done: write a line if it chose directions anew."""
+        if self._dskd.choices == self._choices:
+            return
+        self._choices = self._dskd.choices
+        weights = {name: _non_zero(row.cpu()) for name, row in self._dskd.direction_weights().items()}
+        distances = torch.stack([_distance(student, teacher) for _, student, teacher in self._pairs]).tolist()
+        names = [name for name, _, _ in self._pairs]
+        self._log.append(step, weights=weights, distance=dict(zip(names, map(_rounded, distances), strict=True)))
+
+
+def _non_zero(row: Tensor) -> dict[str, list]:
+    index = row.nonzero().flatten()
+    return {"index": index.tolist(), "weight": [_rounded(weight) for weight in row[index].tolist()]}
+
+
+def _distance(student: Tensor, teacher: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(student.float() - teacher.float()) / torch.linalg.vector_norm(teacher.float())
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")

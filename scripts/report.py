@@ -1,0 +1,48 @@
+"""What a run did, in pictures: one HTML file that needs nothing else. `--help` explains every flag.
+
+python scripts/report.py outputs/digits/kd_resnet20_resnet8_dskd/seed1
+python scripts/report.py DIR1 DIR2 --output comparison.html
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.errors import Parser, UserError, run_cli
+from common.files import write_text
+from common.torchvision_repair import repair_torchvision
+from scripts.report_lib import comparison, single
+from scripts.report_lib.load import load_run
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of this script."""
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="OUTPUT_DIR",
+        help="output folder of a run of either pipeline, finished or not; several are compared with each other",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the HTML file (default: OUTPUT_DIR/report.html)")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    repair_torchvision()
+    if len(args.folders) > 1 and args.output is None:
+        raise UserError("several folders need --output, the file to write")
+    output = args.output or args.folders[0] / "report.html"
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; give a file")
+    runs = [load_run(folder) for folder in args.folders]
+    write_text(output, single.report(runs[0]) if len(runs) == 1 else comparison.report(runs))
+    print(f"written: {output}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,1 @@
+"""Parts of scripts/report.py: reading run folders, drawing, the page."""
