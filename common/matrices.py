@@ -30,8 +30,9 @@ def right_singular(matrix: Tensor, driver: str, count: int | None = None) -> tup
         _, sigma_n, Vh_nn = torch.linalg.svd(matrix, full_matrices=False)
         return sigma_n, Vh_nn.mT
     n = matrix.shape[-1]
-    scaled = unit_scale(matrix)  # squares of AdamW updates would leave float32's range otherwise
-    size = largest_entry(matrix).squeeze(-1)
+    largest = largest_entry(matrix)
+    scaled = matrix / torch.where(largest > 0, largest, 1.0)  # squares of AdamW updates would leave float32's range
+    size = largest.squeeze(-1)
     if driver == "gram" or count is None or 2 * (count + _OVERSAMPLING) > n:
         eigenvalues_n, V_nn = torch.linalg.eigh(scaled.mT @ scaled)
         return eigenvalues_n.flip(-1).clamp(min=0).sqrt() * size, V_nn.flip(-1)

@@ -4,6 +4,7 @@ python scripts/benchmark.py startup     seconds of --help and to a first trainin
 python scripts/benchmark.py method      DSKD's share of a training step, and against an SVD in every step
 python scripts/benchmark.py cv          images per second and memory beside the toolkits' loop (needs CIFAR-100)
 python scripts/benchmark.py nlp         examples per second and metric beside the GLUE example's loop (needs GLUE)
+python scripts/benchmark.py exactness   how far the held gradient is from the exact one in real training (needs both)
 python scripts/benchmark.py all         all of these
 """
 
@@ -18,20 +19,18 @@ from common.errors import Parser, UserError, run_cli
 from common.torchvision_repair import repair_torchvision
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
 TASKS = ("RTE", "MRPC", "CoLA", "SST-2")
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("startup", "method", "cv", "nlp", "all"))
+    parser.add_argument("what", choices=("startup", "method", "cv", "nlp", "exactness", "all"))
     parser.add_argument(
         "--output", type=Path, default=ROOT / "results" / "benchmark", help="default: results/benchmark"
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; figures mean nothing")
-    parser.add_argument("--cifar100", default="data/cifar100", help="cv: folder of CIFAR-100 (default: data/cifar100)")
-    nlp = parser.add_argument_group("nlp")
+    parser.add_argument("--cifar100", default="data/cifar100", help="folder of CIFAR-100 (default: data/cifar100)")
+    nlp = parser.add_argument_group("nlp and exactness")
     nlp.add_argument("--glue", default="data/glue", help="folder with RTE/train.tsv and so on (default: data/glue)")
     nlp.add_argument(
         "--model",
@@ -74,6 +73,10 @@ def main() -> None:
         bf16 = args.precision == "bf16"
         work = (args.glue, args.model, args.tasks, args.seeds, args.block, bf16)
         print(glue.run(args.output, args.quick, *work), flush=True)
+    if wanted("exactness"):
+        from benchmark_lib import exactness
+
+        print(exactness.run(args.output, args.quick, args.cifar100, args.glue, args.model), flush=True)
 
 
 if __name__ == "__main__":
