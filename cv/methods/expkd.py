@@ -31,7 +31,11 @@ def cam_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class ExpKD(Distiller):
-    """CE_WEIGHT * cross-entropy + FEAT_WEIGHT * `cam_loss` over the teacher's TOP_K classes of each image."""
+    """CE_WEIGHT * cross-entropy + FEAT_WEIGHT * `cam_loss` over the teacher's TOP_K classes of each image.
+
+    The mean over channels makes the maps small and their softmax almost flat, so that FEAT_WEIGHT has to be large for
+    the two gradients to be of one order.
+    """
 
     def __init__(self, student, teacher, settings, **dataset) -> None:
         super().__init__(student, teacher, settings, **dataset)
@@ -44,7 +48,7 @@ class ExpKD(Distiller):
         block.TOP_K = 30  # the teacher's likeliest classes per image, at most all classes (int, default 30)
         block.SIZE = 8  # height and width to which both networks' maps are resized (int, default 8)
         block.CE_WEIGHT = 1.0  # weight of the cross-entropy with the labels (float, default 1)
-        block.FEAT_WEIGHT = 1.0  # weight of the squared difference of the maps (float, default 1)
+        block.FEAT_WEIGHT = 1000.0  # weight of the squared difference of the maps (float, default 1000)
         return block
 
     def losses(self, student, teacher, labels, indices):
