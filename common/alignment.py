@@ -6,6 +6,10 @@ With p = sqrt(w), P = V diag(p) V^T and H = 2 (A P - T~), the gradient with resp
 
 Only the k selected directions have p > 0, and S vanishes where neither index is selected. Few directions: every product
 takes k columns, m n k operations. Many: n x n matrices first, six products of m n^2 operations in all.
+
+Between two close singular values 1 / (sigma_i^2 - sigma_j^2) is large, and turns over as soon as the weights move by
+about their gap. `smoothing` replaces 1 / x by x / (x^2 + smoothing^2), x in units of sigma_0^2, which is roughly the
+mean over such movements and stays right for longer.
 """
 
 import torch
@@ -15,32 +19,38 @@ from common.matrices import columns, right_singular
 
 
 def own_alignment(
-    student_mn: Tensor, teacher_mn: Tensor, teacher_V_nn: Tensor, weights_n: Tensor, count: int, driver: str
+    student_mn: Tensor,
+    teacher_mn: Tensor,
+    teacher_V_nn: Tensor,
+    weights_n: Tensor,
+    count: int,
+    driver: str,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Losses (...) of tall matrices (..., m, n), of whose weights (..., n) at most `count` are above zero."""
     root_n = weights_n.sqrt()
     index_k = weights_n.topk(count).indices if 2 * count < weights_n.shape[-1] else None
     teacher_low_rank_mn = _weighted(teacher_mn, teacher_V_nn, root_n, index_k)
-    return _OwnAlignment.apply(student_mn, teacher_low_rank_mn, root_n, index_k, driver)
+    return _OwnAlignment.apply(student_mn, teacher_low_rank_mn, root_n, index_k, driver, smoothing)
 
 
 class _OwnAlignment(torch.autograd.Function):
     """|| A P - T~ ||_F^2, where P comes from A's own right singular vectors; `index_k` is None for many directions."""
 
     @staticmethod
-    def forward(ctx, student_mn: Tensor, teacher_low_rank_mn: Tensor, root_n: Tensor, index_k: Tensor | None, driver):
+    def forward(ctx, student_mn, teacher_low_rank_mn, root_n, index_k, driver, smoothing):
         sigma_n, V_nn = right_singular(student_mn, driver)
         difference_mn = _weighted(student_mn, V_nn, root_n, index_k) - teacher_low_rank_mn
         if ctx.needs_input_grad[0]:
             gradient = _gradient_of_many if index_k is None else _gradient_of_few
-            ctx.save_for_backward(gradient(student_mn, difference_mn, sigma_n, V_nn, root_n, index_k))
+            ctx.save_for_backward(gradient(student_mn, difference_mn, sigma_n, V_nn, root_n, index_k, smoothing))
         return difference_mn.square().sum((-2, -1))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output: Tensor):
         (gradient_mn,) = ctx.saved_tensors
-        return grad_output[..., None, None] * gradient_mn, None, None, None, None
+        return grad_output[..., None, None] * gradient_mn, None, None, None, None, None
 
 
 def _weighted(matrix_mn: Tensor, V_nn: Tensor, root_n: Tensor, index_k: Tensor | None) -> Tensor:
@@ -56,9 +66,9 @@ def _projection(V_nn: Tensor, root_n: Tensor) -> Tensor:
 
 
 def _gradient_of_many(
-    student_mn: Tensor, difference_mn: Tensor, sigma_n: Tensor, V_nn: Tensor, root_n: Tensor, _: None
+    student_mn: Tensor, difference_mn: Tensor, sigma_n: Tensor, V_nn: Tensor, root_n: Tensor, _: None, smoothing: float
 ) -> Tensor:
-    F_nn, scale = _divided_differences(sigma_n, sigma_n, root_n, root_n)
+    F_nn, scale = _divided_differences(sigma_n, sigma_n, root_n, root_n, smoothing)
     unit_mn = student_mn / scale
     Q_nn = V_nn.mT @ (unit_mn.mT @ difference_mn) @ V_nn  # half of V^T A^T H V
     S_nn = 2 * F_nn * (Q_nn + Q_nn.mT)
@@ -66,11 +76,17 @@ def _gradient_of_many(
 
 
 def _gradient_of_few(
-    student_mn: Tensor, difference_mn: Tensor, sigma_n: Tensor, V_nn: Tensor, root_n: Tensor, index_k: Tensor
+    student_mn: Tensor,
+    difference_mn: Tensor,
+    sigma_n: Tensor,
+    V_nn: Tensor,
+    root_n: Tensor,
+    index_k: Tensor,
+    smoothing: float,
 ) -> Tensor:
     """With Y = V S_nk, where the rows of S in K are halved, V S V^T is Y V_K^T + V_K Y^T."""
     V_nk, root_k = columns(V_nn, index_k), root_n.gather(-1, index_k)
-    F_nk, scale = _divided_differences(sigma_n, sigma_n.gather(-1, index_k), root_n, root_k)
+    F_nk, scale = _divided_differences(sigma_n, sigma_n.gather(-1, index_k), root_n, root_k, smoothing)
     unit_mn = student_mn / scale
     unit_V_mk, H_V_mk = unit_mn @ V_nk, 2 * (difference_mn @ V_nk)
     S_nk = F_nk * (V_nn.mT @ (unit_mn.mT @ H_V_mk + 2 * (difference_mn.mT @ unit_V_mk)))
@@ -79,14 +95,16 @@ def _gradient_of_few(
     return (H_V_mk * root_k.unsqueeze(-2) + unit_mn @ Y_nk) @ V_nk.mT + unit_V_mk @ Y_nk.mT
 
 
-def _divided_differences(sigma_i: Tensor, sigma_j: Tensor, p_i: Tensor, p_j: Tensor) -> tuple[Tensor, Tensor]:
+def _divided_differences(
+    sigma_i: Tensor, sigma_j: Tensor, p_i: Tensor, p_j: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor]:
     """F (..., i, j) of singular values in units of the largest one, and that unit (..., 1, 1).
 
     Where two singular values coincide but their weights differ the loss has no derivative; x / (x^2 + eps^2) instead of
     1 / x then gives 0 (the mean over the two orders) in place of infinity, and differs from 1 / x by (eps / x)^2
-    elsewhere.
+    elsewhere. eps is the smoothing, or what rounding asks for.
     """
     scale = sigma_i[..., :1].clamp(min=torch.finfo(sigma_i.dtype).tiny)
     gap = (sigma_i / scale).square().unsqueeze(-1) - (sigma_j / scale).square().unsqueeze(-2)
-    floor = 100 * torch.finfo(gap.dtype).eps
-    return (p_i.unsqueeze(-1) - p_j.unsqueeze(-2)) * gap / (gap.square() + floor**2), scale.unsqueeze(-1)
+    eps = max(smoothing, 100 * torch.finfo(gap.dtype).eps)
+    return (p_i.unsqueeze(-1) - p_j.unsqueeze(-2)) * gap / (gap.square() + eps**2), scale.unsqueeze(-1)

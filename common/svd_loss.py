@@ -37,11 +37,16 @@ from common.matrices import (
     working,
 )
 from common.ranks import exchange, rounds, share
+from common.released import released_gradient
 
 BASES = ("own", "update")
-DIRECTIONS = ("sensitive", "plain", "random")
-_COUNTERS = ("steps", "choices", "expansions", "_held_since", "_postponed")
-_AT_ONCE = 2**22  # elements of the matrices that are decomposed together, which bounds the memory of a refresh
+DIRECTIONS = ("sensitive", "plain", "random", "released")
+SCORES = ("sensitivity", "tempered", "magnitude", "random")
+SPANS = ("step", "interval")
+# settings that a saved state must agree with
+_SETTINGS = ("rank", "basis", "direction", "alpha", "score", "span", "smoothing")
+_COUNTERS = ("steps", "choices", "expansions", "_held_since", "_postponed", "_copy_gradients")
+_AT_ONCE = 2**20  # elements of the matrices that are decomposed together, which bounds the memory of a refresh
 _SAMPLE = 8  # every 8th element of a weight is looked at to see how far it has moved
 
 
@@ -113,7 +118,9 @@ def select_directions(scores: Tensor, rank: int) -> Tensor:
 
 
 @_without_autocast
-def low_rank_alignment(student: Tensor, teacher: Tensor, weights: Tensor, driver: str = "svd") -> Tensor:
+def low_rank_alignment(
+    student: Tensor, teacher: Tensor, weights: Tensor, driver: str = "svd", smoothing: float = 0.0
+) -> Tensor:
     """Alignment loss of the reading `own`: || W~_s - W~_t ||_F^2 with W~ = sum_i sqrt(w_i) sigma_i u_i v_i^T.
 
     Each network's *own* singular triplets are taken; index i pairs the student's i-th with the teacher's i-th. The
@@ -124,6 +131,7 @@ def low_rank_alignment(student: Tensor, teacher: Tensor, weights: Tensor, driver
         student, teacher: (..., m, n).
         weights: (..., r) from `select_directions`.
         driver: the decomposition, see `right_singular`.
+        smoothing: of the gradient between close singular values (common/alignment.py); 0 = exact.
 
     Returns:
         (...) losses, one a matrix, in float32 or better.
@@ -136,7 +144,7 @@ def low_rank_alignment(student: Tensor, teacher: Tensor, weights: Tensor, driver
     _, teacher_V_nn = right_singular(teacher_mn, driver)
     weights = weights.detach().to(student_mn.dtype)
     count = int((weights > 0).sum(-1).max()) if weights.numel() else 0
-    return own_alignment(student_mn, teacher_mn, teacher_V_nn, weights, max(count, 1), driver)
+    return own_alignment(student_mn, teacher_mn, teacher_V_nn, weights, max(count, 1), driver, smoothing)
 
 
 @_without_autocast
@@ -163,12 +171,13 @@ def selected_count(rank: int, r: int) -> int:
     return min(rank, r) if rank else r
 
 
-def _scores(update_mn: Tensor, grad_mn: Tensor, V_nq: Tensor, alpha: float) -> Tensor:
-    """J of the directions V_nq of tall updates, and 0 of the other n - q."""
+def _scores(update_mn: Tensor, grad_mn: Tensor, V_nq: Tensor, alpha: float, tempered: bool = False) -> Tensor:
+    """J of the directions V_nq of tall updates, with sqrt(c) for c if `tempered`, and 0 of the other n - q."""
     scaled_left_mq = update_mn @ V_nq  # sigma_i u_i
     grad_right_mq = grad_mn @ V_nq
     first_order = (scaled_left_mq * grad_right_mq).sum(-2).abs()
     second_order = 0.5 * (grad_mn.mT @ scaled_left_mq).square().sum(-2) * grad_right_mq.square().sum(-2)
+    second_order = second_order.sqrt() if tempered else second_order
     scores = (1.0 - alpha) * _share_of_sum(first_order) + alpha * _share_of_sum(second_order)
     return pad(scores, (0, V_nq.shape[-2] - V_nq.shape[-1]))
 
@@ -216,7 +225,8 @@ class DirectionSensitivityLoss:
 
     Degenerate input: a pair in `observe`'s `skip`, without a gradient, or with a zero gradient or update keeps its
     former directions; a non-finite gradient or update (an overflow under a gradient scaler) postpones the refresh to
-    the next step, with one warning. Float64 weights are worked on in float64, all others in float32.
+    the next step, with one warning. So does, once and silently, an optimizer that changes gradients in place (Nesterov
+    momentum): from then on they are copied. Float64 weights are worked on in float64, all others in float32.
 
     Args:
         pairs: (name, student weight, teacher weight) of every matched layer, names unique. Weights of 3 and more
@@ -229,12 +239,23 @@ class DirectionSensitivityLoss:
             `svd_steps`.
         drift: after every `grad_steps` steps the gradient is held on if no student matrix has moved by more than this
             share of its norm, ||W - W0|| / ||W0||, since the gradient was computed (0 = never held on).
+        smoothing: of the gradient of "own" between close singular values (common/alignment.py), whose squares are in
+            units of the largest one's; 0 = exact.
         driver: "gram", "svd" or "randomized", see `right_singular`.
-        direction: "sensitive" is DSKD. The others are its control arms, which replace every matrix's gradient by
-            another one of equal norm: "plain" by W_s - W_t, "random" by a random direction drawn at every expansion.
+        direction: "sensitive" is DSKD. The control arms replace every matrix's gradient by another one of equal norm:
+            "plain" by W_s - W_t, "random" by a random direction drawn at every expansion. "released" replaces it by
+            that of the authors' release (common/released.py), with its own norm and for the basis "own" only.
+        alpha: the blend of gradient (0) and curvature (1), if it is to stay the same; `None` = the progress.
+        score: what directions are ranked and weighted by: "sensitivity", J; "tempered", J with sqrt(c_i) in place of
+            c_i; "magnitude", their singular value; "random", J dealt out to the directions at random, which keeps the
+            weights as uneven as J makes them.
+        span: the update that is decomposed: of the "step" at which directions are chosen, or of the whole "interval"
+            since the pair's last choice (since the first step before there is one), which keeps one more copy of the
+            student's matched weights.
 
     Raises:
-        ValueError: no pairs, a repeated name, shapes of a pair that differ, or a setting out of range.
+        ValueError: no pairs, a repeated name, shapes of a pair that differ, a setting out of range, or settings of
+            which one would have no effect.
     """
 
     def __init__(
@@ -246,8 +267,12 @@ class DirectionSensitivityLoss:
         basis: str = "own",
         grad_steps: int | None = None,
         drift: float = 0.0,
+        smoothing: float = 0.0,
         driver: str = "gram",
         direction: str = "sensitive",
+        alpha: float | None = None,
+        score: str = "sensitivity",
+        span: str = "step",
     ):
         _check_pairs(pairs)
         grad_steps = svd_steps if grad_steps is None else grad_steps
@@ -255,17 +280,28 @@ class DirectionSensitivityLoss:
             ("basis", basis, BASES),
             ("driver", driver, DRIVERS),
             ("direction", direction, DIRECTIONS),
+            ("score", score, SCORES),
+            ("span", span, SPANS),
         ):
             if value not in valid:
                 raise ValueError(f"{name} must be one of {', '.join(valid)}, got {value!r}")
         for name, value in (("svd_steps", svd_steps), ("grad_steps", grad_steps)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0.0 <= drift < float("inf"):
-            raise ValueError(f"drift must be 0 or a positive number, got {drift}")
+        for name, value in (("drift", drift), ("smoothing", smoothing)):
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"{name} must be 0 or a positive number, got {value}")
+        if direction == "released" and basis != "own":
+            raise ValueError(f"direction 'released' is a gradient of the basis 'own', got basis {basis!r}")
+        if alpha is not None and not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+        if alpha is not None and score == "magnitude":
+            raise ValueError("alpha has no effect on the score 'magnitude'")
         selected_count(rank, 1)
         self.rank, self.svd_steps, self.grad_steps, self.drift = rank, svd_steps, grad_steps, drift
+        self.smoothing = smoothing
         self.basis, self.driver, self.direction = basis, driver, direction
+        self.alpha, self.score, self.span = alpha, score, span
         self.steps = 0  # optimizer steps seen
         self.choices = 0  # choices of directions made
         self.expansions = 0  # exact gradients computed
@@ -275,9 +311,11 @@ class DirectionSensitivityLoss:
         self._held: tuple[Tensor, list[Tensor]] | None = None  # constant, gradients D / pairs
         self._held_since = 0
         self._origin: list[Tensor] = []  # with drift: a sample of the weights W0 at which the gradient is exact
+        self._starts: list[Tensor] = []  # with span "interval": the weights after every pair's last choice
         self._postponed = False
+        self._copy_gradients = False  # whether the optimizer changes them in place, as Nesterov momentum may
         self._warned = False
-        self._seed = torch.initial_seed()  # of the run, which the random control arm follows
+        self._seed = torch.initial_seed()  # of the run, which the random arms follow
 
     def __call__(self) -> Tensor:
         """The loss, a scalar in the working precision; its gradient goes to the student's weights."""
@@ -298,7 +336,7 @@ class DirectionSensitivityLoss:
         In a distributed run `skip` and which weights have a gradient must be the same on every rank.
 
         Args:
-            progress: alpha, optimizer steps done / planned, in [0, 1].
+            progress: optimizer steps done / planned, in [0, 1]: alpha, unless the loss has a fixed one.
             skip: names of pairs that got no gradient from the task in this step; they keep their directions.
 
         Raises:
@@ -310,15 +348,23 @@ class DirectionSensitivityLoss:
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress must lie in [0, 1], got {progress}")
         due = self._postponed or (self.steps + 1) % self.svd_steps == 0
-        if due:  # the gradient is copied, too: some optimizers (Nesterov momentum) change it in place
+        if self.span == "interval" and not self._starts:  # not earlier: models change place until they train
+            self._starts = self._copies()
+        if due:
             self._held = None  # its memory serves the copies
-            before = [weight.detach().clone() for weight in self._students]
-            grads = [None if weight.grad is None else weight.grad.detach().clone() for weight in self._students]
+            before = [start.clone() for start in self._starts] or self._copies()
+            grads = [None if weight.grad is None else weight.grad.detach() for weight in self._students]
+            if self._copy_gradients:
+                grads = [None if grad is None else grad.clone() for grad in grads]
+            versions = [None if grad is None else grad._version for grad in grads]
         yield
         self.steps += 1
-        if due:
+        if due and versions != [None if grad is None else grad._version for grad in grads]:
+            self._copy_gradients = self._postponed = True
+        elif due:
             with torch.autocast(self._students[0].device.type, enabled=False):
-                self._postponed = not self._choose_directions(before, grads, progress, set(skip))
+                alpha = progress if self.alpha is None else self.alpha
+                self._postponed = not self._choose_directions(before, grads, alpha, set(skip))
         if self._held is not None and (self.steps - self._held_since) % self.grad_steps == 0 and self._has_moved():
             self._held = None
 
@@ -344,8 +390,8 @@ class DirectionSensitivityLoss:
         groups = [{"weights": g.weights, "left": g.left, "right": g.right} for g in self._groups]
         pairs = {name: list(W.shape) for name, W in zip(self._names, self._students, strict=True)}
         counters = {key: getattr(self, key) for key in _COUNTERS}
-        settings = {"rank": self.rank, "basis": self.basis, "direction": self.direction}
-        held = {"held": self._held, "origin": self._origin}
+        settings = {key: getattr(self, key) for key in _SETTINGS}
+        held = {"held": self._held, "origin": self._origin, "starts": self._starts}
         return {"pairs": pairs, "settings": settings, "counters": counters, "groups": groups, **held}
 
     def load_state_dict(self, state: dict) -> None:
@@ -365,7 +411,10 @@ class DirectionSensitivityLoss:
                 setattr(group, key, _like(value, group.students[0]))
         for key in _COUNTERS:
             setattr(self, key, state["counters"][key])
-        self._origin = [_like(sample, W) for sample, W in zip(state["origin"], self._students, strict=False)]
+        self._origin, self._starts = (
+            [_like(tensor, W) for tensor, W in zip(state[key], self._students, strict=False)]
+            for key in ("origin", "starts")
+        )
         self._held = None
         if state["held"] is not None:
             constant, gradients = state["held"]
@@ -384,6 +433,9 @@ class DirectionSensitivityLoss:
         uniform = select_directions(like.new_zeros(group.r), self.rank)  # equal scores: 1 / rank on the first ones
         return uniform.expand(len(group.names), -1)
 
+    def _copies(self) -> list[Tensor]:
+        return [weight.detach().clone() for weight in self._students]
+
     def _samples(self) -> list[Tensor]:
         return [flat(W.detach())[::_SAMPLE] for W in self._students]
 
@@ -396,7 +448,7 @@ class DirectionSensitivityLoss:
         return bool((torch.stack(moved) > self.drift * torch.stack(size)).any())
 
     @torch.no_grad()
-    def _choose_directions(self, before: list, grads: list, progress: float, skip: set[str]) -> bool:
+    def _choose_directions(self, before: list, grads: list, alpha: float, skip: set[str]) -> bool:
         """Score and select anew; False, with nothing changed, if a gradient or an update is not finite."""
         updates = [start.neg_().add_(after.detach()) for after, start in zip(self._students, before, strict=True)]
         present = [tensor for tensor in (*updates, *grads) if tensor is not None]
@@ -410,6 +462,7 @@ class DirectionSensitivityLoss:
             return False  # a scaler left the step out
         nonzero = {id(tensor) for tensor, entry in zip(present, largest, strict=True) if entry}
         by_student = {id(W): (dW, G) for W, dW, G in zip(self._students, updates, grads, strict=True)}
+        chosen: set[str] = set()
         for group in self._groups:
             dW, G = zip(*(by_student[id(W)] for W in group.students), strict=True)
             moved = [
@@ -418,11 +471,15 @@ class DirectionSensitivityLoss:
                 if name not in skip and id(dW[i]) in nonzero and id(G[i]) in nonzero
             ]
             if moved:
-                self._choose_for_group(group, moved, dW, G, progress)
+                self._choose_for_group(group, moved, dW, G, alpha)
+                chosen.update(group.names[i] for i in moved)
+        if self.span == "interval":  # a new list of new tensors: saved states keep the former ones
+            starts = zip(self._names, self._students, self._starts, strict=True)
+            self._starts = [W.detach().clone() if name in chosen else start for name, W, start in starts]
         self.choices += 1
         return True
 
-    def _choose_for_group(self, group: _Group, moved: list[int], dW: Sequence, G: Sequence, progress: float) -> None:
+    def _choose_for_group(self, group: _Group, moved: list[int], dW: Sequence, G: Sequence, alpha: float) -> None:
         if self.basis == "update" and group.left is None:
             self._start_directions(group)
         # new tensors: saved states keep the former ones
@@ -434,15 +491,31 @@ class DirectionSensitivityLoss:
             fresh = [None if tensor is None else torch.zeros_like(tensor[rows]) for tensor in (weights, left, right)]
             if mine:
                 update_mn, grad_mn = (unit_scale(group.stack(tensors, mine)) for tensors in (dW, G))
-                _, V_nq = right_singular(update_mn, self.driver, selected_count(self.rank, group.r))
+                sigma_q, V_nq = right_singular(update_mn, self.driver, selected_count(self.rank, group.r))
+                if self.score == "magnitude":
+                    scores = pad(sigma_q, (0, group.r - sigma_q.shape[-1]))
+                else:
+                    scores = _scores(update_mn, grad_mn, V_nq, alpha, self.score == "tempered")
+                if self.score == "random":
+                    scores = self._dealt_out(scores, [group.names[i] for i in mine], V_nq.shape[-1])
                 places = [rows.index(i) for i in mine]
-                fresh[0][places] = select_directions(_scores(update_mn, grad_mn, V_nq, progress), self.rank)
+                fresh[0][places] = select_directions(scores, self.rank)
                 if left is not None:
                     fresh[1][places], fresh[2][places] = self._directions(update_mn, V_nq, fresh[0][places])
             for kept, new in zip((weights, left, right), fresh, strict=True):
                 if kept is not None:
                     kept[rows] = exchange(new)
         group.weights, group.left, group.right = weights, left, right
+
+    def _dealt_out(self, scores: Tensor, names: list[str], found: int) -> Tensor:
+        """Scores (rows, r) in random order among the first `found`, those that the driver finds."""
+        order = torch.stack([torch.randperm(found, generator=g) for g in self._generators(names, 1)])
+        return torch.cat([scores.gather(-1, order.to(scores.device)), scores[..., found:]], -1)
+
+    def _generators(self, names: list[str], *purpose: int) -> list[torch.Generator]:
+        """One a pair, a function of the step, so that ranks agree and resumed runs repeat."""
+        keys = [(self._seed, self.steps, self._names.index(name), *purpose) for name in names]
+        return [torch.Generator().manual_seed(hash(key) % 2**63) for key in keys]
 
     def _start_directions(self, group: _Group) -> None:
         """For `update` before there is one: the leading directions of the student's weights."""
@@ -470,7 +543,7 @@ class DirectionSensitivityLoss:
                 for rows in group.rounds(range(len(group.names))):
                     losses, gradients = self._exact(group, rows)
                     total = total + losses.sum() / count
-                    for i, D in zip(rows, gradients / count, strict=True):
+                    for i, D in zip(rows, gradients.div_(count), strict=True):
                         W = group.students[i]
                         D = D if as_matrix(W).shape == D.shape else D.mT
                         # the layout of the weight (channels_last, say), so that inner products need no copy
@@ -486,21 +559,37 @@ class DirectionSensitivityLoss:
         gradients = losses.new_zeros(len(rows), group.m, group.r)
         if mine:
             places = [rows.index(i) for i in mine]
-            student_mn = group.stack(group.students, mine).requires_grad_()
+            student_mn = group.stack(group.students, mine).requires_grad_(self.direction != "released")
             with torch.enable_grad():
                 aligned = self._align(group, student_mn, mine)
-                (gradients[places],) = torch.autograd.grad(aligned.sum(), student_mn)
+                if self.direction == "released":
+                    gradients[places] = self._released(group, student_mn, mine)
+                else:
+                    (gradients[places],) = torch.autograd.grad(aligned.sum(), student_mn)
             losses[places] = aligned.detach()
         losses, gradients = exchange(losses), exchange(gradients)
-        return losses, gradients if self.direction == "sensitive" else self._redirected(group, rows, gradients)
+        as_they_are = self.direction in ("sensitive", "released")
+        return losses, gradients if as_they_are else self._redirected(group, rows, gradients)
+
+    def _released(self, group: _Group, student_mn: Tensor, rows: list[int]) -> Tensor:
+        """The release's gradients (rows, m, n) of some pairs of a group; it does not turn wide matrices."""
+        teacher_mn, weights = group.stack(group.teachers, rows), self._weights(group)[rows]
+        teacher_V_nn = self._teacher_V(group, teacher_mn, rows)
+        low_rank_mn = (teacher_mn @ teacher_V_nn * weights.sqrt().unsqueeze(-2)) @ teacher_V_nn.mT
+        gradients = torch.empty_like(student_mn)
+        for place, i in enumerate(rows):
+            wide = as_matrix(group.students[i]).shape[0] < group.m
+            turned = [matrix.mT if wide else matrix for matrix in (student_mn[place], low_rank_mn[place])]
+            found = released_gradient(*turned, weights[place])
+            gradients[place] = found.mT if wide else found
+        return gradients
 
     def _redirected(self, group: _Group, rows: list[int], gradients: Tensor) -> Tensor:
         """Gradients of the same norms along the control arm's directions."""
         if self.direction == "plain":
             other = group.stack(group.students, rows) - group.stack(group.teachers, rows)
-        else:  # a function of the step, so that ranks agree and resumed runs repeat
-            seeds = [hash((self._seed, self.steps, self._names.index(group.names[i]))) % 2**63 for i in rows]
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        else:
+            generators = self._generators([group.names[i] for i in rows])
             shape, dtype = gradients.shape[1:], gradients.dtype
             other = torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in generators]).to(gradients.device)
         wanted, norm = (torch.linalg.matrix_norm(each, keepdim=True) for each in (gradients, other))
@@ -517,12 +606,16 @@ class DirectionSensitivityLoss:
             return update_alignment(student_mn, teacher_mn, chosen, group.left[rows], group.right[rows])
         if group.weights is None and selected_count(self.rank, group.r) == group.r:
             return (student_mn - teacher_mn).square().sum((-2, -1)) / group.r  # equal weights: W~ = W / sqrt(r)
-        for i, matrix_mn in zip(rows, teacher_mn, strict=True):
-            if i not in group.teacher_V:  # the teacher is frozen: decomposed once
-                _, group.teacher_V[i] = right_singular(matrix_mn, self.driver)
-        teacher_V_nn = torch.stack([group.teacher_V[i] for i in rows])
         count = selected_count(self.rank, group.r)
-        return own_alignment(student_mn, teacher_mn, teacher_V_nn, weights, count, self.driver)
+        teacher_V_nn = self._teacher_V(group, teacher_mn, rows)
+        return own_alignment(student_mn, teacher_mn, teacher_V_nn, weights, count, self.driver, self.smoothing)
+
+    def _teacher_V(self, group: _Group, teacher_mn: Tensor, rows: list[int]) -> Tensor:
+        """Right singular vectors (rows, n, n); the teacher is frozen: decomposed once."""
+        for i, matrix_mn in zip(rows, teacher_mn, strict=True):
+            if i not in group.teacher_V:
+                _, group.teacher_V[i] = right_singular(matrix_mn, self.driver)
+        return torch.stack([group.teacher_V[i] for i in rows])
 
 
 def _group_by_shape(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> list[_Group]:

@@ -51,11 +51,15 @@ def defaults() -> CfgNode:
     cfg.DSKD.LAMBDA = 0.2  # weight of the DSKD loss (float)
     cfg.DSKD.RANK = 0  # directions per matrix (int, 0: all)
     cfg.DSKD.SVD_STEPS = 100  # optimizer steps between choices of directions (int)
-    cfg.DSKD.GRAD_STEPS = 5  # optimizer steps for which an exact gradient is held (int, 1: exact in every step)
-    cfg.DSKD.DRIFT = 0.0  # hold it on while no matrix has moved by this share of its norm (float, 0: never)
+    cfg.DSKD.GRAD_STEPS = 2  # optimizer steps for which an exact gradient is held (int, 1: exact in every step)
+    cfg.DSKD.DRIFT = 0.0005  # hold it on while no matrix has moved by this share of its norm (float, 0: never)
+    cfg.DSKD.SMOOTHING = 0.0  # of it between close singular values, docs/method.md (float, 0: exact)
     cfg.DSKD.BASIS = "own"  # own: each network's singular triplets; update: the directions of the update (str)
     cfg.DSKD.DRIVER = "gram"  # decomposition: gram (eigenvectors of W^T W), svd, or randomized for the updates (str)
-    cfg.DSKD.DIRECTION = "sensitive"  # sensitive is DSKD; plain (W_s - W_t), random: controls of equal norm (str)
+    cfg.DSKD.DIRECTION = "sensitive"  # sensitive is DSKD; plain (W_s - W_t), random, released: controls (str)
+    cfg.DSKD.ALPHA = -1.0  # blend of gradient (0) and curvature (1) in the score (float, -1: the progress t/T)
+    cfg.DSKD.SCORE = "sensitivity"  # sensitivity, tempered, magnitude or random, see docs/method.md (str)
+    cfg.DSKD.SPAN = "step"  # the update that is decomposed: of one step, or of the interval since the last choice (str)
     cfg.DSKD.PAIRS = []  # [student layer, teacher layer] names, "*" alike in both (list, empty: conv1, conv2 of blocks)
     cfg.DSKD.SKIP_MISMATCHED = False  # leave out pairs whose shapes differ, instead of refusing them (bool)
 
@@ -210,8 +214,25 @@ def _validate(cfg: CfgNode, where: str) -> None:
         ("DSKD.GRAD_STEPS", dskd.GRAD_STEPS >= 1, "at least 1"),
         ("DSKD.BASIS", dskd.BASIS in ("own", "update"), "own or update"),
         ("DSKD.DRIFT", dskd.DRIFT >= 0, "at least 0"),
+        ("DSKD.SMOOTHING", dskd.SMOOTHING >= 0, "at least 0"),
         ("DSKD.DRIVER", dskd.DRIVER in ("gram", "svd", "randomized"), "gram, svd or randomized"),
-        ("DSKD.DIRECTION", dskd.DIRECTION in ("sensitive", "plain", "random"), "sensitive, plain or random"),
+        (
+            "DSKD.DIRECTION",
+            dskd.DIRECTION in ("sensitive", "plain", "random")
+            or (dskd.DIRECTION == "released" and dskd.BASIS == "own"),
+            "sensitive, plain, random or, with BASIS own, released",
+        ),
+        (
+            "DSKD.ALPHA",
+            dskd.ALPHA == -1 or (0 <= dskd.ALPHA <= 1 and dskd.SCORE != "magnitude"),
+            "-1 (the progress) or, unless SCORE is magnitude, a number in [0, 1]",
+        ),
+        (
+            "DSKD.SCORE",
+            dskd.SCORE in ("sensitivity", "tempered", "magnitude", "random"),
+            "sensitivity, tempered, magnitude or random",
+        ),
+        ("DSKD.SPAN", dskd.SPAN in ("step", "interval"), "step or interval"),
         ("DSKD.PAIRS", all(_is_pair(pair) for pair in dskd.PAIRS), "a list of [student layer, teacher layer]"),
         ("LOG.INTERVAL", cfg.LOG.INTERVAL >= 1, "at least 1"),
         ("LOG.TRACKERS", all(name in ("tensorboard", "wandb") for name in cfg.LOG.TRACKERS), "tensorboard and wandb"),

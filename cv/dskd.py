@@ -69,6 +69,10 @@ def build_dskd(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> Dir
         basis=settings.BASIS,
         grad_steps=settings.GRAD_STEPS,
         drift=settings.DRIFT,
+        smoothing=settings.SMOOTHING,
         driver=settings.DRIVER,
         direction=settings.DIRECTION,
+        alpha=None if settings.ALPHA == -1 else settings.ALPHA,
+        score=settings.SCORE,
+        span=settings.SPAN,
     )

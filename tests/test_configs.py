@@ -142,8 +142,7 @@ def test_the_recipe_of_the_literature(path):
     assert cfg.DATASET.AUGMENT
 
 
-@pytest.mark.parametrize("method", ["dkd", "expkd"])
-@pytest.mark.parametrize("pair", ["res56_res20", "res110_res32", "res32x4_res8x4"])
+@pytest.mark.parametrize(("method", "pair"), [path.with_suffix("").parts[-2:] for path in RUNS if "svd" in path.parts])
 def test_dskd_joins_the_method_and_changes_nothing_else(method, pair):
     alone = leaves(load_config(f"configs/cifar100/{method}/{pair}.yaml"))
     joined = leaves(load_config(f"configs/cifar100/svd/{method}/{pair}.yaml"))

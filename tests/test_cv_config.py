@@ -175,9 +175,13 @@ OUT_OF_RANGE = {
     "DSKD.SVD_STEPS": "0",
     "DSKD.GRAD_STEPS": "0",
     "DSKD.DRIFT": "-0.1",
+    "DSKD.SMOOTHING": "-0.1",
     "DSKD.BASIS": "both",
     "DSKD.DRIVER": "qr",
     "DSKD.DIRECTION": "up",
+    "DSKD.ALPHA": "1.5",
+    "DSKD.SCORE": "size",
+    "DSKD.SPAN": "epoch",
     "DSKD.PAIRS": "[a, b]",
     "LOG.INTERVAL": "0",
     "LOG.TRACKERS": "[print]",
@@ -190,8 +194,17 @@ def test_a_value_out_of_range_names_key_place_and_what_is_right(key, value):
 
 
 def test_every_range_that_is_checked_is_tested():
-    checked = re.findall(r'^        \("([A-Z_.]+)", ', (ROOT / "cv" / "config.py").read_text(), re.MULTILINE)
+    checked = re.findall(r'^        \(\s*"([A-Z_.]+)",\s', (ROOT / "cv" / "config.py").read_text(), re.MULTILINE)
     assert sorted(OUT_OF_RANGE) == sorted(checked)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "beside"),
+    [("DSKD.DIRECTION", "released", "DSKD.BASIS update"), ("DSKD.ALPHA", "0.5", "DSKD.SCORE magnitude")],
+)
+def test_settings_that_exclude_each_other_are_refused(key, value, beside):
+    assert load_config(BASE, [key, value])
+    assert refusal(BASE, key, value, *beside.split()).startswith(f"command line: {key} = ")
 
 
 def test_a_value_out_of_range_in_a_base_names_that_file_and_the_value(yaml):

@@ -185,6 +185,12 @@ def test_the_task_loss_follows_from_dskd_alone(tmp_path, teacher, joined):
         ("DSKD.BASIS update", 0),
         ("DSKD.DIRECTION plain", 4),  # while all directions weigh alike, DSKD's gradient is along W_s - W_t, too
         ("DSKD.DIRECTION random", 1),
+        ("DSKD.DIRECTION released", 1),
+        ("DSKD.ALPHA 1", 3),
+        ("DSKD.SCORE tempered", 3),
+        ("DSKD.SCORE magnitude", 3),
+        ("DSKD.SCORE random", 3),
+        ("DSKD.SPAN interval", 3),
         ("DSKD.PAIRS '[[stages.*.0.conv2, stages.*.1.conv2]]'", 0),
     ],
 )
@@ -302,5 +308,5 @@ def test_the_random_arm_draws_a_direction_of_its_own_for_every_matrix_and_step()
 
 def test_an_unknown_direction_is_refused():
     pair = ("w", nn.Parameter(torch.ones(2, 2)), torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="direction must be one of sensitive, plain, random, got 'up'"):
+    with pytest.raises(ValueError, match="direction must be one of sensitive, plain, random, released, got 'up'"):
         DirectionSensitivityLoss([pair], direction="up")

@@ -44,7 +44,7 @@ def test_the_cosine_is_that_of_the_exact_gradients(observed):
     gaps = [(W - teacher).ravel() for W in weights[:3]]
     expected = [gaps[0] @ gap / np.linalg.norm(gaps[0]) / np.linalg.norm(gap) for gap in gaps]
     assert held.references[0].ages == [0, 1, 2]
-    np.testing.assert_allclose(np.ravel(held.references[0].cosine), expected, rtol=1e-6)
+    np.testing.assert_allclose(np.ravel(held.references[0].cosine[0.0]), expected, rtol=1e-6)
 
 
 def test_the_drift_is_relative_to_the_weight(observed):
@@ -74,7 +74,7 @@ REFERENCE = Reference(
     "stage",
     0,
     ages=[0, 1, 3],
-    cosine=[[1.0, 1.0], [0.9, 1.0], [0.5, 0.8]],
+    cosine={0.0: [[1.0, 1.0], [0.9, 1.0], [0.5, 0.8]]},
     drift=[[0.0, 0.0], [0.02, 0.01], [0.04, 0.05]],
 )
 

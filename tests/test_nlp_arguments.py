@@ -90,6 +90,9 @@ def test_dskd_switched_by_another_word_is_refused():
             for flag in ("--lambda_size 0.1", "--rank_size 32", "--svd_steps 100", "--grad_steps 1")
         ),
         *((TRAIN + flag, flag) for flag in ("--basis own", "--svd_driver gram", "--direction plain")),
+        *((TRAIN + flag, flag) for flag in ("--alpha 0", "--score tempered", "--span interval")),
+        (TRAIN + "--ifsvd --score magnitude --alpha 0.5", "--alpha"),
+        (TRAIN + "--ifsvd --basis update --direction released", "--direction released"),
         (TRAIN + "--if_svd false --basis update", "--basis"),
         (TRAIN + "--lambda_size=0.1", "--lambda_size"),
         (TRAIN + "--method finetune --replacing_rate 0.3", "--replacing_rate"),
@@ -169,6 +172,8 @@ def test_what_contradicts_is_missing_or_unknown_is_named(line, named):
         "--ifsvd --grad_steps 0",
         "--ifsvd --lambda_size nan",
         "--ifsvd --lambda_size -0.1",
+        "--ifsvd --alpha -0.1",
+        "--ifsvd --alpha 1.5",
         "--replacing_rate 0",
         "--replacing_rate 1.5",
         "--scheduler_linear_k inf",

@@ -15,8 +15,15 @@ from common.svd_loss import BASES, DirectionSensitivityLoss
 SHAPES = {"a": (6, 4), "b": (6, 4), "c": (4, 6), "alone": (5, 5), "conv": (3, 2, 2, 2)}
 
 
-def run(basis: str) -> dict[str, Tensor]:
+CASES = {basis: {"basis": basis} for basis in BASES} | {
+    "released": {"direction": "released"},
+    "random": {"score": "random", "span": "interval"},
+}
+
+
+def run(case: str) -> dict[str, Tensor]:
     """Five steps with refreshes after 2 and 4, the latter skipping a pair; all numbers that ranks must share."""
+    torch.manual_seed(0)
     generator = torch.Generator().manual_seed(5)
 
     def draw(shape) -> Tensor:
@@ -24,7 +31,7 @@ def run(basis: str) -> dict[str, Tensor]:
 
     students = {name: nn.Parameter(draw(shape)) for name, shape in SHAPES.items()}
     pairs = [(name, weight, draw(weight.shape)) for name, weight in students.items()]
-    dskd = DirectionSensitivityLoss(pairs, rank=3, svd_steps=2, basis=basis)
+    dskd = DirectionSensitivityLoss(pairs, rank=3, svd_steps=2, **CASES[case])
     optimizer = torch.optim.SGD(students.values(), lr=0.05)
     numbers = {}
     for step in range(5):
@@ -44,8 +51,8 @@ def run(basis: str) -> dict[str, Tensor]:
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    for basis in BASES:
-        torch.save(run(basis), f"{folder}/{basis}{rank}.pt")
+    for case in CASES:
+        torch.save(run(case), f"{folder}/{case}{rank}.pt")
     shared = {"share": share(range(5)), "exchange": exchange(torch.tensor([1.0 + rank, 10.0]).expand(2, 2).mT)}
     torch.save(shared, f"{folder}/shared{rank}.pt")
     dist.barrier()  # neither closes its connection while the other still reads
@@ -63,15 +70,15 @@ def load(folder: Path, name: str) -> dict:
     return torch.load(folder / f"{name}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("basis", BASES)
-def test_ranks_end_with_the_same_bits(two_ranks, basis):
-    first, second = load(two_ranks, f"{basis}0"), load(two_ranks, f"{basis}1")
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_end_with_the_same_bits(two_ranks, case):
+    first, second = load(two_ranks, f"{case}0"), load(two_ranks, f"{case}1")
     assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
 
 
-@pytest.mark.parametrize("basis", BASES)
-def test_ranks_give_the_result_of_one_process(two_ranks, basis):
-    torch.testing.assert_close(load(two_ranks, f"{basis}0"), run(basis), rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_give_the_result_of_one_process(two_ranks, case):
+    torch.testing.assert_close(load(two_ranks, f"{case}0"), run(case), rtol=1e-6, atol=1e-6)
 
 
 def test_ranks_take_every_second_item(two_ranks):

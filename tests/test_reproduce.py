@@ -373,6 +373,24 @@ def test_the_scripts_accept_every_command_of_every_table(path, smoke, tmp_path):
             assert load_config(run.words[1], run.words[2:]).OUTPUT_DIR
 
 
+def test_the_layers_that_tables_name_pair_up(tmp_path):
+    import torch
+
+    from cv.config import load_config
+    from cv.dskd import layer_pairs
+    from cv.models import build_model
+
+    tables = [table for path in FOLDER.glob("*.yaml") if (table := load_table(path)).script == "cv"]
+    runs = [run for table in tables for run in plan(table, {}, 1, tmp_path)]
+    configs = [cfg for run in runs if (cfg := load_config(run.words[1], run.words[2:])).DSKD.PAIRS]
+    networks = {(cfg.DISTILLER.STUDENT, cfg.DISTILLER.TEACHER): cfg for cfg in configs}
+    assert networks
+    for names, cfg in networks.items():
+        with torch.device("meta"):
+            student, teacher = (build_model(name, 100) for name in names)
+        layer_pairs(student, teacher, cfg.DSKD)
+
+
 def test_a_command_outlives_its_killed_launcher_and_nobody_starts_it_twice(write_table, tmp_path):
     text = TABLE.replace("args: {last: [1, 2, 3]}", "args: {seconds: 2}")
     first = plan(load_table(write_table(text)), {}, 1, tmp_path)[0]

@@ -173,3 +173,75 @@ def test_a_run_with_the_randomized_driver_stays_close_to_the_exact_one(basis):
             W.grad = None
             losses[driver].append(loss.item())
     assert losses["randomized"] == pytest.approx(losses["svd"], rel=0.02)
+
+
+def smoothed_gradient(student: Tensor, teacher: Tensor, w: Tensor, smoothing: float) -> Tensor:
+    """D = H P + 2 A V (F o sym(V^T A^T H V)) V^T of a tall student, F with x / (x^2 + smoothing^2) for 1 / x."""
+    U, sigma, Vh = torch.linalg.svd(student, full_matrices=False)
+    teacher_U, teacher_sigma, teacher_Vh = torch.linalg.svd(teacher, full_matrices=False)
+    p = w.sqrt()
+    H = 2 * (U @ torch.diag(p * sigma) @ Vh - teacher_U @ torch.diag(p * teacher_sigma) @ teacher_Vh)
+    squares = (sigma / sigma[0]) ** 2
+    x = squares[:, None] - squares[None, :]
+    F = (p[:, None] - p[None, :]) * (x / (x**2 + smoothing**2)).fill_diagonal_(0) / sigma[0] ** 2
+    Q = Vh @ student.T @ H @ Vh.T
+    return H @ Vh.T @ torch.diag(p) @ Vh + 2 * student @ Vh.T @ (F * (Q + Q.T) / 2) @ Vh
+
+
+@pytest.mark.parametrize("rank", [2, 5, 0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.05])
+def test_a_smoothed_gradient_follows_its_formula(rank, smoothing):
+    W, teacher = nn.Parameter(random(11, 8)), random(11, 8, seed=1)
+    dskd = DirectionSensitivityLoss([("W", W, teacher)], rank, 1, smoothing=smoothing, driver="svd")
+    (W * random(11, 8, seed=2)).sum().backward()
+    with dskd.observe(progress=0.3), torch.no_grad():
+        W -= 0.1 * W.grad
+    (gradient,) = torch.autograd.grad(dskd(), W)
+    expected = smoothed_gradient(W.detach(), teacher, dskd.direction_weights()["W"], smoothing)
+    assert_close(gradient, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_smoothing_does_not_change_the_loss():
+    losses = [loss_of([(9, 6)], smoothing=smoothing)[0]().item() for smoothing in (0.0, 0.1)]
+    assert losses[0] == losses[1]
+
+
+def test_smoothing_tames_close_singular_values():
+    U, V = torch.linalg.qr(random(9, 6))[0], torch.linalg.qr(random(6, 6, seed=1))[0]
+    W = nn.Parameter(U @ torch.diag(torch.tensor([5, 3, 2 + 1e-6, 2, 1, 0.5], dtype=torch.float64)) @ V.mT)
+    norms = {}
+    for smoothing in (0.0, 0.01):
+        dskd = DirectionSensitivityLoss([("W", W, random(9, 6, seed=3))], 3, smoothing=smoothing)
+        norms[smoothing] = torch.autograd.grad(dskd(), W)[0].norm().item()
+    assert norms[0.0] > 1e3 * norms[0.01]
+
+
+def test_smoothing_below_zero_or_not_finite_is_refused():
+    for wrong in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="smoothing"):
+            loss_of([(4, 4)], smoothing=wrong)
+
+
+def test_an_optimizer_that_leaves_the_gradient_alone_needs_no_copy_of_it():
+    dskd, students = loss_of([(9, 6)], svd_steps=2)
+    seen = []
+    choose = dskd._choose_directions
+    dskd._choose_directions = lambda before, grads, *rest: seen.extend(grads) or choose(before, grads, *rest)
+    for _ in range(2):
+        move(dskd, students, 0.01)
+    assert [grad.data_ptr() for grad in seen] == [students[0].grad.data_ptr()]
+
+
+def test_an_optimizer_that_changes_the_gradient_delays_the_first_choice_by_a_step():
+    W = nn.Parameter(random(9, 6))
+    optimizer = torch.optim.SGD([W], lr=0.1, momentum=0.9, nesterov=True, foreach=True)
+    dskd = DirectionSensitivityLoss([("W", W, random(9, 6, seed=1))], 3, svd_steps=4)
+    chosen = []
+    for step in range(12):
+        optimizer.zero_grad()
+        (dskd() + (W * random(9, 6, seed=2)).sum()).backward()
+        before = dskd.choices
+        with dskd.observe(progress=0.5):
+            optimizer.step()
+        chosen += [step + 1] if dskd.choices > before else []
+    assert chosen == [5, 8, 12]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmark_lib.exactness_plot import plot
-from benchmark_lib.held_gradient import HeldGradient, Reference
+from benchmark_lib.held_gradient import SMOOTHINGS, HeldGradient, Reference
 from benchmark_lib.observed_runs import Plan, observe_cv, observe_nlp
 from benchmark_lib.timing import table, write
 from common.matrices import DRIVERS
@@ -61,15 +61,17 @@ def run(folder: Path, quick: bool, cifar100: str, glue: str, model: str) -> str:
     adaptive = table([row for name in results for row in _adaptive_rows(name, results[name])])
     drivers = table([row for name in results for row in _driver_rows(name, results[name])])
     return (
-        "cosine of the applied gradient with the exact one over an interval, mean (worst pair), by grad_steps:\n\n"
-        f"{intervals}\n\nthe same where max ||W - W_0|| / ||W_0|| > t ends an interval, and its mean length:\n\n"
+        "cosine of the applied gradient with the exact one over an interval, mean (worst pair), by smoothing and "
+        "grad_steps:\n\n"
+        f"{intervals}\n\nthe same without smoothing, where max ||W - W_0|| / ||W_0|| > t ends an interval, and its "
+        "mean length:\n\n"
         f"{adaptive}\n\ndrivers in float32 beside an SVD in float64, mean (worst pair):\n\n{drivers}\n\n{path}"
     )
 
 
-def applied(reference: Reference, interval: int) -> np.ndarray:
-    """(pairs,) cosines of the gradient applied at the ages 0 to interval - 1, averaged."""
-    cosine = np.array(reference.cosine)
+def applied(reference: Reference, interval: int, smoothing: float = 0.0) -> np.ndarray:
+    """(pairs,) cosines of the gradient applied at the ages 0 to interval - 1 with the exact ones, averaged."""
+    cosine = np.array(reference.cosine[smoothing])
     return np.mean([_at(reference, cosine, age) for age in range(interval)], axis=0)
 
 
@@ -88,7 +90,10 @@ def _summary(held: HeldGradient, plan: Plan) -> dict:
     """The three tables of a pipeline, by stage, and the measurements that they come from."""
     stages = {stage: [r for r in held.references if r.stage == stage] for stage in plan.stages}
     by_interval = {
-        stage: {steps: _mean_and_worst([applied(r, steps) for r in references]) for steps in plan.ages}
+        stage: {
+            value: {steps: _mean_and_worst([applied(r, steps, value) for r in references]) for steps in plan.ages}
+            for value in SMOOTHINGS
+        }
         for stage, references in stages.items()
     }
     adaptive = {}
@@ -121,8 +126,14 @@ def _mean_and_worst(cosines: list) -> dict[str, float]:
 
 def _interval_rows(pipeline: str, result: dict) -> list[dict[str, str]]:
     return [
-        {"pipeline": pipeline, "stage": stage, **{str(steps): _in_words(found) for steps, found in row.items()}}
-        for stage, row in result["by_grad_steps"].items()
+        {
+            "pipeline": pipeline,
+            "stage": stage,
+            "smoothing": f"{value:g}",
+            **{str(steps): _in_words(found) for steps, found in row.items()},
+        }
+        for stage, by_smoothing in result["by_grad_steps"].items()
+        for value, row in by_smoothing.items()
     ]
 
 

@@ -2,33 +2,28 @@
 
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 
 from benchmark_lib.held_gradient import Reference
-from common.files import write_aside
+from common.figures import drawn
 
 _TITLES = {"cv": "CIFAR-100, ResNet56 -> ResNet20", "nlp": "RTE, BERT with half of its layers"}
-# without dates and versions, so that the same figures give the same file
-_METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 
 
 def plot(pipelines: dict[str, list[Reference]], folder: Path) -> None:
     """Write exactness.png and .svg: a panel per pipeline, a color per stage, mean and worst pair."""
-    with mpl.rc_context({"svg.hashsalt": "exactness", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+    with drawn(folder, "exactness", (9, 3.6)) as figure:
         for panel, (name, references) in zip(figure.subplots(1, 2), pipelines.items(), strict=True):
             _panel(panel, references)
             panel.set_title(_TITLES[name])
-        for kind in _METADATA:
-            write_aside(folder / f"exactness.{kind}", lambda aside, kind=kind: _save(figure, aside, kind))
 
 
 def _panel(panel, references: list[Reference]) -> None:
     for i, stage in enumerate(dict.fromkeys(reference.stage for reference in references)):
         chosen = [reference for reference in references if reference.stage == stage]
-        cosine = np.concatenate([reference.cosine for reference in chosen], axis=1)[1:]  # (ages, pairs), age 0 is 1
+        cosine = np.concatenate([reference.cosine[0.0] for reference in chosen], axis=1)[
+            1:
+        ]  # (ages, pairs), age 0 is 1
         ages = chosen[0].ages[1:]
         panel.plot(ages, cosine.mean(axis=1), "o-", color=f"C{i}", markersize=3, label=stage)
         panel.plot(ages, cosine.min(axis=1), ":", color=f"C{i}", linewidth=1)
@@ -39,7 +34,3 @@ def _panel(panel, references: list[Reference]) -> None:
     panel.set_ylabel("cosine with the exact gradient")
     panel.legend(loc="lower left")
     panel.grid(alpha=0.3)
-
-
-def _save(figure: Figure, path: Path, kind: str) -> None:
-    figure.savefig(path, format=kind, metadata=_METADATA[kind], dpi=150)

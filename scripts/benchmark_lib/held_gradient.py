@@ -10,6 +10,7 @@ from torch.nn.functional import cosine_similarity
 from common.matrices import DRIVERS
 from common.svd_loss import DirectionSensitivityLoss, direction_sensitivity, low_rank_alignment, select_directions
 
+SMOOTHINGS = (0.0, 0.003, 0.01, 0.03)
 Pairs = Sequence[tuple[str, Tensor, Tensor]]
 
 
@@ -17,16 +18,16 @@ Pairs = Sequence[tuple[str, Tensor, Tensor]]
 class Reference:
     """A moment of a run whose exact gradient is kept, and what became of it; lists of lists are [age][pair].
 
-    cosine: of the kept gradient and the exact one for the same direction weights; drift: || W - W_0 ||_F / || W_0 ||_F;
-    value_error: of the first-order loss, the mean over pairs, relative to the exact one, by age; gradient: by driver,
-    the cosines [pair] with the gradient in float64; overlap: by driver, sum(min(w, w')) of the direction weights with
-    those of float64 [pair], empty where no directions were chosen.
+    cosine: by smoothing of the kept gradient, of it and the exact one for the same direction weights; drift:
+    || W - W_0 ||_F / || W_0 ||_F; value_error: of the first-order loss, the mean over pairs, relative to the exact one,
+    by age; gradient: by driver, the cosines [pair] with the gradient in float64; overlap: by driver, sum(min(w, w')) of
+    the direction weights with those of float64 [pair], empty where no directions were chosen.
     """
 
     stage: str
     step: int
     ages: list[int] = field(default_factory=lambda: [0])
-    cosine: list[list[float]] = field(default_factory=list)
+    cosine: dict[float, list[list[float]]] = field(default_factory=lambda: {value: [] for value in SMOOTHINGS})
     drift: list[list[float]] = field(default_factory=list)
     value_error: list[float] = field(default_factory=lambda: [0.0])
     gradient: dict[str, list[float]] = field(default_factory=dict)
@@ -40,7 +41,7 @@ class _Kept:
     directions: list[Tensor]
     weights: list[Tensor]
     losses: Tensor
-    gradients: list[Tensor]
+    gradients: dict[float, list[Tensor]]  # by smoothing
 
 
 class HeldGradient:
@@ -96,10 +97,13 @@ class HeldGradient:
     def _keep(self, reference: Reference) -> None:
         chosen = self.dskd.direction_weights()
         directions = [chosen[name].clone() for name in self.names]
-        losses, gradients = exact_gradients(self.pairs, directions, self.dskd.driver)
+        gradients = {}
+        for value in SMOOTHINGS:
+            losses, gradients[value] = exact_gradients(self.pairs, directions, self.dskd.driver, smoothing=value)
         weights = [W.detach().clone() for _, W, _ in self.pairs]
         self._kept[reference.step] = _Kept(directions, weights, losses, gradients)
-        reference.cosine.append([1.0] * len(self.pairs))
+        for value, kept in gradients.items():
+            reference.cosine[value].append(cosines(kept, gradients[0.0]))
         reference.drift.append([0.0] * len(self.pairs))
         _, oracle = exact_gradients(self.pairs, directions, "svd", torch.float64)
         for driver in DRIVERS:
@@ -111,10 +115,11 @@ class HeldGradient:
         kept = self._kept[reference.step]
         losses, gradients = exact_gradients(self.pairs, kept.directions, self.dskd.driver)
         moved = [W.double() - W_0 for (_, W, _), W_0 in zip(self.pairs, kept.weights, strict=True)]
-        slopes = [(D.double() * dW).sum() for D, dW in zip(kept.gradients, moved, strict=True)]
+        slopes = [(D.double() * dW).sum() for D, dW in zip(kept.gradients[0.0], moved, strict=True)]
         expanded = (kept.losses.double() + torch.stack(slopes)).mean()
         reference.ages.append(age)
-        reference.cosine.append(cosines(kept.gradients, gradients))
+        for value, applied in kept.gradients.items():
+            reference.cosine[value].append(cosines(applied, gradients))
         reference.drift.append([(dW.norm() / W_0.norm()).item() for dW, W_0 in zip(moved, kept.weights, strict=True)])
         reference.value_error.append((expanded / losses.double().mean() - 1).abs().item())
 
@@ -134,14 +139,18 @@ class HeldGradient:
 
 
 def exact_gradients(
-    pairs: Pairs, directions: Sequence[Tensor], driver: str, dtype: torch.dtype = torch.float32
+    pairs: Pairs,
+    directions: Sequence[Tensor],
+    driver: str,
+    dtype: torch.dtype = torch.float32,
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, list[Tensor]]:
     """Losses (pairs,) and gradients, in the shape of the weights, of every pair's `low_rank_alignment`."""
     losses, gradients = [], []
     for (_, student, teacher), w in zip(pairs, directions, strict=True):
         W = student.detach().to(dtype).requires_grad_()
         with torch.enable_grad():
-            loss = low_rank_alignment(W.flatten(1), teacher.detach().to(dtype).flatten(1), w, driver)
+            loss = low_rank_alignment(W.flatten(1), teacher.detach().to(dtype).flatten(1), w, driver, smoothing)
             gradients += torch.autograd.grad(loss, W)
         losses.append(loss.detach())
     return torch.stack(losses), gradients

@@ -1,14 +1,16 @@
 """What DSKD adds to a training step: the held loss in every step, its refreshes shared over the steps between them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmark_lib.memory import peak_above
 from benchmark_lib.per_step_svd import per_step_svd_loss
 from benchmark_lib.timing import interleaved, summary, table, write
+from common.matrices import DRIVERS
 from common.svd_loss import DirectionSensitivityLoss
 from cv.dskd import block_map
 from cv.models import build_model
@@ -23,6 +25,8 @@ class Case:
     step: Callable[[], None]
     rank: int
     grad_steps: int
+    drift: float = 0.0
+    driver: str = "gram"
     svd_steps: int = 100
 
 
@@ -46,7 +50,14 @@ def bert_case(batch: int, length: int, device: str, **sizes: int) -> Case:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Case(f"BERT-base 12 -> 6, batch {batch} x {length}", model.pairs(), step, rank=32, grad_steps=100)
+    return Case(
+        f"BERT-base 12 -> 6, batch {batch} x {length}",
+        model.pairs(),
+        step,
+        rank=32,
+        grad_steps=100,
+        driver="randomized",
+    )
 
 
 def resnet_case(batch: int, device: str) -> Case:
@@ -68,20 +79,23 @@ def resnet_case(batch: int, device: str) -> Case:
 
     names = block_map(student, teacher)
     pairs = [(s, student.get_submodule(s).weight, teacher.get_submodule(t).weight) for s, t in names]
-    return Case(f"ResNet56 -> ResNet20, batch {batch}", pairs, step, rank=0, grad_steps=5)
+    return Case(f"ResNet56 -> ResNet20, batch {batch}", pairs, step, rank=0, grad_steps=2, drift=0.0005)
 
 
-def measure(case: Case, repeats: int) -> dict:
-    """Seconds of every part, DSKD's share of a step, and the ratio to the SVD in every step."""
+def parts(case: Case, driver: str | None = None) -> tuple[DirectionSensitivityLoss, dict[str, Callable[[], None]]]:
+    """The loss after a first choice of directions, and by name the things that it does, to be timed."""
     students = [student for _, student, _ in case.pairs]
-    dskd = DirectionSensitivityLoss(case.pairs, case.rank, case.svd_steps, grad_steps=case.grad_steps)
+    settings = {"grad_steps": case.grad_steps, "drift": case.drift, "driver": driver or case.driver}
+    dskd = DirectionSensitivityLoss(case.pairs, case.rank, case.svd_steps, **settings)
+    updates = [1e-5 * torch.randn_like(student) for student in students]  # AdamW-like in size
+    for student in students:
+        student.grad = torch.randn_like(student)
 
     def choose_directions() -> None:
-        # what an optimizer step does, AdamW-like in size; its own time is part of the step, not of DSKD
         dskd.steps = case.svd_steps - 1
         with dskd.observe(progress=0.5), torch.no_grad():
             for student, update in zip(students, updates, strict=True):
-                student.add_(update)
+                student.add_(update)  # the optimizer's part, which is no cost of DSKD, but small beside it
 
     def expand() -> None:
         dskd._held = None
@@ -91,30 +105,41 @@ def measure(case: Case, repeats: int) -> dict:
     def held() -> None:
         (0.1 * dskd()).backward()
 
-    def rival() -> None:
-        (0.1 * per_step_svd_loss(case.pairs, weights)).backward()
-
-    updates = [1e-5 * torch.randn_like(student) for student in students]
-    for student in students:
-        student.grad = torch.randn_like(student)
     choose_directions()
+    works = {"choose directions": choose_directions, "expand": expand, "held": held}
+    return dskd, works | ({"look at the drift": dskd._has_moved} if case.drift else {})
+
+
+def cost_per_step(seconds: Mapping[str, float], case: Case) -> float:
+    """The held loss in every step, and the refreshes shared over the steps between them, as if all were drifting."""
+    expansion = seconds["expand"] + seconds.get("look at the drift", 0.0)
+    return seconds["held"] + expansion / case.grad_steps + seconds["choose directions"] / case.svd_steps
+
+
+def measure(case: Case, repeats: int) -> dict:
+    """Seconds of every part by every driver, DSKD's share of a step, and the ratio to the SVD in every step."""
+    dskd, works = parts(case)
     weights = dskd.direction_weights()
-    works = {"choose directions": choose_directions, "expand": expand, "held": held, "per-step SVD": rival}
+    for driver in DRIVERS:
+        if driver != dskd.driver:
+            found = parts(case, driver)[1]
+            works |= {f"{name}, {driver}": found[name] for name in ("choose directions", "expand")}
+    works["per-step SVD"] = lambda: (0.1 * per_step_svd_loss(case.pairs, weights)).backward()
     seconds = {name: summary(values) for name, values in interleaved(works, repeats).items()}
     seconds["step"] = summary(interleaved({"step": case.step}, repeats)["step"])
-    cost = seconds["held"]["median"] + seconds["expand"]["median"] / case.grad_steps
-    cost += seconds["choose directions"]["median"] / case.svd_steps
-    elements = sum(student.numel() for student in students)
-    kept = _kept(dskd)
+    medians = {name: values["median"] for name, values in seconds.items()}
+    cost = cost_per_step(medians, case)
+    elements = sum(student.numel() for _, student, _ in case.pairs)
     return {
         "case": case.name,
         "pairs": len(case.pairs),
-        "settings": {"rank": case.rank, "svd_steps": case.svd_steps, "grad_steps": case.grad_steps},
+        "settings": {key: getattr(case, key) for key in ("rank", "svd_steps", "grad_steps", "drift", "driver")},
         "seconds": seconds,
         "dskd_seconds_per_step": cost,
-        "share_of_step": cost / seconds["step"]["median"],
-        "per_step_svd_over_dskd": seconds["per-step SVD"]["median"] / cost,
-        "kept_copies_of_matched_weights": sum(tensor.numel() for tensor in kept) / elements,
+        "share_of_step": cost / medians["step"],
+        "per_step_svd_over_dskd": medians["per-step SVD"] / cost,
+        "kept_copies_of_matched_weights": sum(tensor.numel() for tensor in _kept(dskd)) / elements,
+        "copies_at_the_peak_of_a_refresh": _peak_of_a_refresh(case) / (4 * elements),
     }
 
 
@@ -134,11 +159,25 @@ def run(folder: Path, quick: bool) -> str:
             "DSKD, s a step": f"{result['dskd_seconds_per_step']:.3g}",
             "share": f"{100 * result['share_of_step']:.2f}%",
             "SVD in every step / DSKD": f"{result['per_step_svd_over_dskd']:.0f}x",
-            "kept copies of the matched weights": f"{result['kept_copies_of_matched_weights']:.2f}",
+            "extra copies of the matched weights: kept": f"{result['kept_copies_of_matched_weights']:.2f}",
+            "at a refresh": f"{result['copies_at_the_peak_of_a_refresh']:.2f}",
         }
         for result in results
     ]
     return f"{table(rows)}\n\n{path}"
+
+
+def _peak_of_a_refresh(case: Case) -> int:
+    """Bytes that a loss made from nothing needs at most in a choice and the expansion after it."""
+
+    def work() -> None:
+        _, works = parts(case)
+        works["expand"]()
+        works["choose directions"]()
+        works["expand"]()
+
+    inputs = sum(2 * student.nbytes for _, student, _ in case.pairs)  # the update and the gradient that `parts` draws
+    return peak_above(work) - inputs
 
 
 def _kept(dskd: DirectionSensitivityLoss) -> list[Tensor]:

@@ -2,24 +2,18 @@
 
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
-from matplotlib.figure import Figure
 
-from common.files import write_aside
+from common.figures import drawn
 from scripts.reproduce_lib.table import Cell, Table
 
-# without dates and versions, so that the same rows give the same file
-_METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 
-
-def plot(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
+def plot(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> None:
     """Write `table.png` and `table.svg`: a panel per task, a line per cell, each seed a dot, mean ± std beside them."""
     summary = summary[summary["n"] > 0]
     tasks = list(summary["task"].unique())
     cells = [cell for cell in table.cells if cell.name in set(summary["cell"])]
-    with mpl.rc_context({"svg.hashsalt": table.name, "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(3 + 3 * len(tasks), 1.2 + 0.42 * len(cells)), layout="constrained")
+    with drawn(folder, "table", (3 + 3 * len(tasks), 1.2 + 0.42 * len(cells))) as figure:
         panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
         for panel, task in zip(panels, tasks, strict=True):
             _panel(panel, table, cells, summary[summary["task"] == task], rows[rows["task"] == task])
@@ -27,14 +21,6 @@ def plot(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path) 
         panels[0].set_yticks(range(len(cells)), [cell.label for cell in cells])
         panels[0].set_ylim(len(cells) - 0.4, -0.6)
         figure.suptitle(f"{table.title}\nat the end of training; dots: seeds, diamonds: mean ± standard deviation")
-        paths = [folder / f"table.{kind}" for kind in _METADATA]
-        for path in paths:
-            write_aside(path, lambda aside, kind=path.suffix[1:]: _save(figure, aside, kind))
-    return paths
-
-
-def _save(figure: Figure, path: Path, kind: str) -> None:
-    figure.savefig(path, format=kind, metadata=_METADATA[kind], dpi=150)
 
 
 def _panel(panel, table: Table, cells: list[Cell], summary: pd.DataFrame, rows: pd.DataFrame) -> None:

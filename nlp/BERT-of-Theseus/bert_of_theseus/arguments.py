@@ -5,7 +5,18 @@ from collections.abc import Callable, Sequence
 
 from common.errors import Parser, UserError
 
-DSKD_SETTINGS = ("lambda_size", "rank_size", "svd_steps", "grad_steps", "drift", "basis", "svd_driver", "direction")
+DSKD_SETTINGS = (
+    "lambda_size",
+    "rank_size",
+    "svd_steps",
+    "grad_steps",
+    "drift",
+    "smoothing",
+    "basis",
+    "svd_driver",
+    "direction",
+)
+DSKD_SETTINGS += ("alpha", "score", "span")
 _ONLY_WITH_THESEUS = ("replacing_rate", "scheduler_type", "scheduler_linear_k", "steps_for_replacing")
 _ONLY_WITH_KD = ("kd_alpha", "kd_temperature")
 _ONLY_WITH_PREDECESSOR = ("predecessor_num_train_epochs", "predecessor_learning_rate")
@@ -124,17 +135,42 @@ def build_parser() -> argparse.ArgumentParser:
         help="after GRAD_STEPS steps, hold the gradient on while no matrix moved by more than this share of its norm",
     )
     dskd.add_argument(
+        "--smoothing",
+        type=_at_least(float, 0),
+        default=0.03,
+        help="of the gradient between close singular values (docs/method.md; 0: exact)",
+    )
+    dskd.add_argument(
         "--svd_driver",
         choices=("gram", "svd", "randomized"),
-        default="gram",
+        default="randomized",
         help="decomposition at a refresh; randomized: of the updates, all else as gram",
     )
-
     dskd.add_argument(
         "--direction",
-        choices=("sensitive", "plain", "random"),
+        choices=("sensitive", "plain", "random", "released"),
         default="sensitive",
-        help="sensitive is DSKD; plain (W_s - W_t) and random are control arms with a gradient of the same norm",
+        help="sensitive is DSKD; plain (W_s - W_t) and random are control arms with a gradient of the same norm; "
+        "released is the truncated gradient of the authors' release",
+    )
+    dskd.add_argument(
+        "--alpha",
+        type=_blend,
+        help="blend of gradient (0) and curvature (1) in the score of a direction, the same in all steps (default: "
+        "the progress, from 0 to 1)",
+    )
+    dskd.add_argument(
+        "--score",
+        choices=("sensitivity", "tempered", "magnitude", "random"),
+        default="sensitivity",
+        help="what directions are chosen by: sensitivity; tempered, with the root of its curvature; magnitude, their "
+        "singular value; random, the sensitivities dealt out at random",
+    )
+    dskd.add_argument(
+        "--span",
+        choices=("step", "interval"),
+        default="step",
+        help="the update that is decomposed: of one step, or of the interval since the last choice of directions",
     )
 
     train = parser.add_argument_group("training")
@@ -214,6 +250,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         refuse(("per_gpu_eval_batch_size",), "needs --do_eval or --do_predict")
     if not args.if_svd:
         refuse(DSKD_SETTINGS, "needs --ifsvd")
+    if args.score == "magnitude":
+        refuse(("alpha",), "has no effect with --score magnitude")
+    if args.direction == "released" and args.basis != "own":
+        raise UserError("--direction released needs --basis own")
     if args.method != "theseus":
         refuse(_ONLY_WITH_THESEUS, f"has no effect with --method {args.method}")
     if args.method not in ("kd", "pkd"):
@@ -288,6 +328,13 @@ def _probability(text: str) -> float:
 
 def _fraction(text: str) -> float:
     return _number_between(0, 1, with_highest=False, text=text)
+
+
+def _blend(text: str) -> float:
+    value = _at_least(float, 0)(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
 
 
 def _boolean(text: str) -> bool:

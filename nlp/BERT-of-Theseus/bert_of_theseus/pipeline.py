@@ -244,8 +244,12 @@ def _build_dskd(args, pairs) -> DirectionSensitivityLoss | None:
         basis=args.basis,
         grad_steps=args.grad_steps,
         drift=args.drift,
+        smoothing=args.smoothing,
         driver=args.svd_driver,
         direction=args.direction,
+        alpha=args.alpha,
+        score=args.score,
+        span=args.span,
     )
 
 

@@ -1,0 +1,313 @@
+"""What the ablation varies: fixed alpha, other scores, the update of an interval, the release's gradient."""
+
+import io
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from common.released import released_gradient
+from common.svd_loss import BASES, DirectionSensitivityLoss
+
+SHAPES = {"square": (5, 5), "wide": (4, 7), "tall": (7, 4), "conv": (4, 2, 3, 3)}
+RANK = 3
+every_basis = pytest.mark.parametrize("basis", BASES)
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def flat(tensor: Tensor) -> np.ndarray:
+    return oracle.as_array(tensor).reshape(len(tensor), -1)
+
+
+class Run:
+    """Students that move by given updates under given gradients."""
+
+    def __init__(self, shapes=SHAPES, seed: int = 1, **settings):
+        torch.manual_seed(seed)  # what the random arms follow
+        self.students = {name: nn.Parameter(draw(*shape, seed=i)) for i, (name, shape) in enumerate(shapes.items())}
+        self.teachers = {name: draw(*shape, seed=50 + i) for i, (name, shape) in enumerate(shapes.items())}
+        pairs = [(name, W, self.teachers[name]) for name, W in self.students.items()]
+        self.dskd = DirectionSensitivityLoss(pairs, **{"rank": RANK, "svd_steps": 1} | settings)
+        self.step = 0
+
+    def train(self, steps: int = 1, *, progress: float = 0.4, skip=(), spoil: str = "") -> None:
+        for _ in range(steps):
+            self.step += 1
+            for name, W in self.students.items():
+                W.grad = self.gradient(name)
+            if spoil:
+                self.students[spoil].grad[0] = math.inf
+            with self.dskd.observe(progress, skip), torch.no_grad():
+                for name, W in self.students.items():
+                    W += self.update(name, self.step)
+
+    def _drawn(self, name: str, seed: int) -> Tensor:
+        return draw(*self.students[name].shape, seed=seed + 10 * list(self.students).index(name))
+
+    def update(self, name: str, *steps: int) -> Tensor:
+        """The sum of the updates of some steps."""
+        return sum(0.05 * self._drawn(name, 1000 * step) for step in steps)
+
+    def gradient(self, name: str) -> Tensor:
+        """That of the last step."""
+        return self._drawn(name, 1000 * self.step + 500)
+
+    def terms(self, name: str, *steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(g, c, sigma) of the update of some steps (default: the last one) under the last gradient."""
+        update = flat(self.update(name, *(steps or (self.step,))))
+        first, second, _ = oracle.scores(update, flat(self.gradient(name)), 0.0)
+        return first, second, np.linalg.svd(update, compute_uv=False)
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: row.clone() for name, row in self.dskd.direction_weights().items()}
+
+    def expect(self, scores: dict[str, np.ndarray], rank: int = RANK) -> None:
+        """That the weights in use are those of the scores."""
+        wanted = {name: torch.from_numpy(oracle.weights(values, rank)) for name, values in scores.items()}
+        assert_close({name: self.weights()[name] for name in wanted}, wanted, rtol=1e-5, atol=1e-7)
+
+
+def blend(first: np.ndarray, second: np.ndarray, alpha: float) -> np.ndarray:
+    return (1 - alpha) * first / first.sum() + alpha * second / second.sum()
+
+
+# alpha
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_a_fixed_alpha_is_the_blend_at_any_progress(alpha):
+    run = Run(alpha=alpha)
+    for progress in (0.0, 0.9):
+        run.train(progress=progress)
+        run.expect({name: blend(*run.terms(name)[:2], alpha) for name in SHAPES})
+
+
+def test_without_a_fixed_alpha_it_is_the_progress():
+    run = Run()
+    for progress in (0.0, 0.9):
+        run.train(progress=progress)
+        run.expect({name: blend(*run.terms(name)[:2], progress) for name in SHAPES})
+
+
+# Scores
+@every_basis
+def test_the_tempered_score_has_the_root_of_the_curvature(basis):
+    run = Run(score="tempered", basis=basis)
+    run.train(progress=0.7)
+    run.expect({name: blend(first, np.sqrt(second), 0.7) for name in SHAPES for first, second, _ in [run.terms(name)]})
+
+
+@every_basis
+@pytest.mark.parametrize("rank", [0, RANK])
+def test_the_magnitude_is_the_singular_value_of_the_update(basis, rank):
+    run = Run(score="magnitude", basis=basis, rank=rank)
+    run.train()
+    run.expect({name: run.terms(name)[2] for name in SHAPES}, rank)
+
+
+def test_the_magnitude_does_not_ask_for_the_gradient():
+    first, second = Run(score="magnitude"), Run(score="magnitude")
+    second.gradient = lambda name: first.gradient(name).flip(0)
+    first.train()
+    second.train()
+    assert_close(first.weights(), second.weights(), rtol=0, atol=0)
+
+
+def test_random_scores_are_those_of_the_sensitivity_on_other_directions():
+    dealt, sensitive = Run(score="random"), Run()
+    dealt.train()
+    sensitive.train()
+    for name, w in sensitive.weights().items():
+        assert_close(dealt.weights()[name].sort().values, w.sort().values)
+    assert any(not torch.equal(dealt.weights()[name], w) for name, w in sensitive.weights().items())
+
+
+def permutation(run: Run, name: str) -> list[int]:
+    """Which direction's sensitivity every direction was given, at rank 0."""
+    wanted = oracle.weights(blend(*run.terms(name)[:2], 0.4), 0)
+    return [int(np.abs(wanted - w).argmin()) for w in run.weights()[name].tolist()]
+
+
+def test_random_scores_repeat_with_the_seed_and_differ_by_seed_step_and_pair():
+    shapes = {"a": (16, 16), "b": (16, 16)}
+    run, same, other = (Run(shapes, seed, score="random", rank=0) for seed in (1, 1, 2))
+    orders = []
+    for each in (run, same, other):
+        each.train()
+        orders.append([permutation(each, name) for name in shapes])
+    run.train()
+    assert orders[0] == orders[1]
+    a, b = orders[0]
+    for order in (b, orders[2][0], permutation(run, "a")):
+        assert sorted(order) == list(range(16))
+        assert order != a
+
+
+@pytest.mark.parametrize("score", ["tempered", "magnitude", "random"])
+def test_the_loss_takes_the_directions_that_were_chosen(score):
+    run = Run({"a": (9, 8)}, score=score, basis="update")
+    run.train()
+    w = run.weights()["a"].numpy()
+    expected = oracle.update_loss(run.students["a"], run.teachers["a"], run.update("a", 1), w)
+    assert run.dskd().item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("score", ["tempered", "magnitude", "random"])
+def test_no_weight_falls_on_a_direction_that_the_randomized_driver_does_not_find(score):
+    run = Run({"a": (90, 80)}, score=score, driver="randomized")
+    for _ in range(5):
+        run.train()
+        w = run.weights()["a"]
+        assert w.sum().item() == pytest.approx(1)
+        assert not w[RANK + 32 :].any()
+
+
+# Span
+@every_basis
+def test_the_update_of_an_interval_is_the_sum_since_the_last_choice(basis):
+    run = Run(span="interval", svd_steps=2, basis=basis)
+    for steps in ((1, 2), (3, 4)):
+        run.train(2)
+        expected = {name: blend(*run.terms(name, *steps)[:2], 0.4) for name in SHAPES}
+        run.expect(expected)
+    if basis == "update":
+        w = run.weights()
+        losses = [
+            oracle.update_loss(flat(W), flat(run.teachers[name]), flat(run.update(name, 3, 4)), w[name].numpy())
+            for name, W in run.students.items()
+        ]
+        assert run.dskd().item() == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_the_update_of_a_step_is_that_of_the_last_step():
+    run = Run(svd_steps=2)
+    run.train(2)
+    run.expect({name: blend(*run.terms(name, 2)[:2], 0.4) for name in SHAPES})
+
+
+def test_the_interval_of_a_skipped_pair_goes_on():
+    run = Run(span="interval", svd_steps=2)
+    run.train(2)
+    run.train(2, skip=["wide"])
+    run.train(2)
+    intervals = {name: (3, 4, 5, 6) if name == "wide" else (5, 6) for name in SHAPES}
+    run.expect({name: blend(*run.terms(name, *steps)[:2], 0.4) for name, steps in intervals.items()})
+
+
+@pytest.mark.filterwarnings("ignore:DSKD")
+def test_the_interval_goes_on_while_the_choice_is_postponed():
+    run = Run(span="interval", svd_steps=2)
+    run.train(1)
+    run.train(1, spoil="tall")
+    run.train(1)
+    run.expect({name: blend(*run.terms(name, 1, 2, 3)[:2], 0.4) for name in SHAPES})
+
+
+def saved(state: dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("score", ["sensitivity", "random"])
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 5])
+def test_a_resumed_run_continues_bit_for_bit(score, step):
+    settings = {"span": "interval", "score": score, "svd_steps": 3, "grad_steps": 2, "basis": "update"}
+    whole, resumed = Run(**settings), Run(**settings)
+    whole.train(step)
+    whole.dskd()
+    state = torch.load(io.BytesIO(saved(whole.dskd.state_dict())), weights_only=True)
+    with torch.no_grad():
+        for name, W in resumed.students.items():
+            W.copy_(whole.students[name])
+    resumed.step = step
+    resumed.dskd.load_state_dict(state)
+    for _ in range(7):
+        assert torch.equal(resumed.dskd(), whole.dskd())
+        whole.train()
+        resumed.train()
+        assert_close(resumed.weights(), whole.weights(), rtol=0, atol=0)
+
+
+def test_a_state_in_memory_is_not_changed_by_further_training():
+    run, copy = (Run(span="interval", svd_steps=2) for _ in range(2))
+    run.train(3)
+    state = run.dskd.state_dict()
+    copy.dskd.load_state_dict(state)
+    before = saved(state)
+    run.train(4)
+    assert saved(state) == saved(copy.dskd.state_dict()) == before
+
+
+# The release's gradient
+def release_by_differences(student: Tensor, teacher: Tensor, w: np.ndarray) -> np.ndarray:
+    """Central differences of the loss with U and sigma of the student frozen; V keeps its signs."""
+    student, low_rank = flat(student), oracle.weighted(flat(teacher), w)
+    left, sigma, right = np.linalg.svd(student, full_matrices=False)
+
+    def loss(matrix: np.ndarray) -> float:
+        moved = np.linalg.svd(matrix, full_matrices=False)[2]
+        signs = np.sign((moved * right).sum(1, keepdims=True))
+        return (((left * (np.sqrt(w) * sigma)) @ (signs * moved) - low_rank) ** 2).sum()
+
+    return oracle.finite_difference(loss, student)
+
+
+@pytest.mark.parametrize("rank", [0, RANK])
+@pytest.mark.parametrize("steps", [0, 1], ids=["before_a_choice", "after_a_choice"])
+def test_the_released_gradient_is_that_of_the_right_vectors_alone(rank, steps):
+    run = Run(direction="released", rank=rank)
+    run.train(steps)
+    gradients = torch.autograd.grad(run.dskd(), list(run.students.values()))
+    for (name, W), gradient in zip(run.students.items(), gradients, strict=True):
+        expected = release_by_differences(W, run.teachers[name], run.weights()[name].numpy()) / len(SHAPES)
+        np.testing.assert_allclose(flat(gradient), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_beside_the_released_gradient_is_the_exact_one():
+    run = Run(direction="released")
+    run.train()
+    losses = [
+        oracle.own_loss(flat(W), flat(run.teachers[name]), run.weights()[name].numpy())
+        for name, W in run.students.items()
+    ]
+    assert run.dskd().item() == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize("student", [torch.zeros(4, 3), torch.eye(4, 3), torch.eye(3, 4)])
+def test_the_released_gradient_is_zero_where_it_is_not_finite(student):
+    teacher = draw(*student.shape, seed=1).float()
+    weights = torch.linspace(1, 0, 3)
+    gradient = released_gradient(student, teacher, weights)
+    assert gradient.isfinite().all()
+    assert (gradient == 0).any()
+
+
+# Refusals
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha": 1.1}, r"alpha.*\[0, 1\].*1\.1"),
+        ({"alpha": math.nan}, "alpha.*nan"),
+        ({"alpha": 0.5, "score": "magnitude"}, "alpha.*magnitude"),
+        ({"score": "size"}, "score.*sensitivity, tempered, magnitude, random.*size"),
+        ({"span": "epoch"}, "span.*step, interval.*epoch"),
+        ({"direction": "released", "basis": "update"}, "released.*own.*update"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_bad_setting_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Run(**settings)
+
+
+@pytest.mark.parametrize("changed", [{"alpha": 0.0}, {"score": "random"}, {"span": "interval"}])
+def test_a_state_of_other_settings_is_refused(changed):
+    state = Run().dskd.state_dict()
+    with pytest.raises(ValueError, match=f"the saved DSKD state has {next(iter(changed))}"):
+        Run(**changed).dskd.load_state_dict(state)
