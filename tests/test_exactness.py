@@ -18,7 +18,7 @@ from benchmark_lib.held_gradient import HeldGradient, Reference
 
 @pytest.fixture(scope="module")
 def observed() -> tuple[HeldGradient, list[np.ndarray], np.ndarray]:
-    """6 steps on one 4 x 3 pair, directions chosen after 3; the weights after every step, and the teacher's."""
+    """5 steps on one 4 x 3 pair, directions chosen after 3; the weights after every step, and the teacher's."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(4, 3, generator=generator) for _ in range(2))
     student = nn.Parameter(student)
@@ -27,7 +27,7 @@ def observed() -> tuple[HeldGradient, list[np.ndarray], np.ndarray]:
     optimizer = torch.optim.SGD([student], lr=0.1)
     held = HeldGradient([("a", student, teacher)], dskd, {"first": [0], "second": [3]}, ages=(1, 2), total=6)
     weights = [student.detach().double().numpy().copy()]
-    for step in range(6):
+    for step in range(5):
         optimizer.zero_grad()
         (dskd() + (student * noise[step]).sum()).backward()
         held.before_step(step + 1)
@@ -87,3 +87,16 @@ def test_the_applied_gradient_is_averaged_over_the_interval():
 @pytest.mark.parametrize(("threshold", "steps"), [(0.01, 1), (0.02, 2), (0.035, 3), (0.1, 3)])
 def test_the_adaptive_rule_ends_an_interval_when_any_pair_has_moved_too_far(threshold, steps):
     assert adaptive_interval(REFERENCE, threshold) == steps
+
+
+def test_the_basis_update_is_compared_where_directions_were_chosen(observed):
+    held, weights, teacher = observed
+    assert held.references[0].along_update == []
+    w = held.dskd.direction_weights()["a"].double().numpy()
+    U, _, Vh = np.linalg.svd(weights[3] - weights[2], full_matrices=False)
+    gradients = [
+        sum(w[i] * (U[:, i] @ (W - teacher) @ Vh[i]) * np.outer(U[:, i], Vh[i]) for i in range(3)).ravel()
+        for W in weights[3:6]
+    ]
+    expected = [gradients[0] @ g / np.linalg.norm(gradients[0]) / np.linalg.norm(g) for g in gradients]
+    np.testing.assert_allclose(np.ravel(held.references[1].along_update), expected, rtol=1e-4)

@@ -69,9 +69,12 @@ def run(folder: Path, quick: bool, cifar100: str, glue: str, model: str) -> str:
     )
 
 
-def applied(reference: Reference, interval: int, smoothing: float = 0.0) -> np.ndarray:
-    """(pairs,) cosines of the gradient applied at the ages 0 to interval - 1 with the exact ones, averaged."""
-    cosine = np.array(reference.cosine[smoothing])
+def applied(reference: Reference, interval: int, smoothing: float | None = 0.0) -> np.ndarray:
+    """(pairs,) cosines of the gradient applied at the ages 0 to interval - 1 with the exact ones, averaged.
+
+    smoothing: of the basis "own"; None for the basis "update".
+    """
+    cosine = np.array(reference.along_update if smoothing is None else reference.cosine[smoothing])
     return np.mean([_at(reference, cosine, age) for age in range(interval)], axis=0)
 
 
@@ -94,6 +97,7 @@ def _summary(held: HeldGradient, plan: Plan) -> dict:
             value: {steps: _mean_and_worst([applied(r, steps, value) for r in references]) for steps in plan.ages}
             for value in SMOOTHINGS
         }
+        | _along_update(references, plan)
         for stage, references in stages.items()
     }
     adaptive = {}
@@ -119,6 +123,12 @@ def _summary(held: HeldGradient, plan: Plan) -> dict:
     }
 
 
+def _along_update(references: list[Reference], plan: Plan) -> dict[str, dict]:
+    chosen = [r for r in references if r.along_update]
+    found = {steps: [applied(r, steps, None) for r in chosen] for steps in plan.ages} if chosen else {}
+    return {"update": {steps: _mean_and_worst(cosines) for steps, cosines in found.items()}} if found else {}
+
+
 def _mean_and_worst(cosines: list) -> dict[str, float]:
     values = np.concatenate(cosines)
     return {"mean": float(values.mean()), "worst": float(values.min())}
@@ -129,7 +139,7 @@ def _interval_rows(pipeline: str, result: dict) -> list[dict[str, str]]:
         {
             "pipeline": pipeline,
             "stage": stage,
-            "smoothing": f"{value:g}",
+            "basis, smoothing": f"own, {value:g}" if isinstance(value, float) else value,
             **{str(steps): _in_words(found) for steps, found in row.items()},
         }
         for stage, by_smoothing in result["by_grad_steps"].items()

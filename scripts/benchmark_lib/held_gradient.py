@@ -8,7 +8,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from common.matrices import DRIVERS
-from common.svd_loss import DirectionSensitivityLoss, direction_sensitivity, low_rank_alignment, select_directions
+from common.svd_loss import (
+    DirectionSensitivityLoss,
+    direction_sensitivity,
+    low_rank_alignment,
+    select_directions,
+    update_alignment,
+)
 
 SMOOTHINGS = (0.0, 0.003, 0.01, 0.03)
 Pairs = Sequence[tuple[str, Tensor, Tensor]]
@@ -21,7 +27,8 @@ class Reference:
     cosine: by smoothing of the kept gradient, of it and the exact one for the same direction weights; drift:
     || W - W_0 ||_F / || W_0 ||_F; value_error: of the first-order loss, the mean over pairs, relative to the exact one,
     by age; gradient: by driver, the cosines [pair] with the gradient in float64; overlap: by driver, sum(min(w, w')) of
-    the direction weights with those of float64 [pair], empty where no directions were chosen.
+    the direction weights with those of float64 [pair], empty where no directions were chosen; along_update: the cosine
+    of the gradients of the basis "update" at the same weights, empty there, too.
     """
 
     stage: str
@@ -32,6 +39,7 @@ class Reference:
     value_error: list[float] = field(default_factory=lambda: [0.0])
     gradient: dict[str, list[float]] = field(default_factory=dict)
     overlap: dict[str, list[float]] = field(default_factory=dict)
+    along_update: list[list[float]] = field(default_factory=list)
 
 
 @dataclass
@@ -42,6 +50,8 @@ class _Kept:
     weights: list[Tensor]
     losses: Tensor
     gradients: dict[float, list[Tensor]]  # by smoothing
+    update_directions: list[tuple[Tensor, Tensor, Tensor]]  # w, u and v of every pair, empty without a choice
+    update_gradients: list[Tensor]
 
 
 class HeldGradient:
@@ -101,7 +111,11 @@ class HeldGradient:
         for value in SMOOTHINGS:
             losses, gradients[value] = exact_gradients(self.pairs, directions, self.dskd.driver, smoothing=value)
         weights = [W.detach().clone() for _, W, _ in self.pairs]
-        self._kept[reference.step] = _Kept(directions, weights, losses, gradients)
+        found = self._update_directions(directions) if reference.step else []
+        along = update_gradients(self.pairs, found)
+        if found:
+            reference.along_update.append([1.0] * len(self.pairs))
+        self._kept[reference.step] = _Kept(directions, weights, losses, gradients, found, along)
         for value, kept in gradients.items():
             reference.cosine[value].append(cosines(kept, gradients[0.0]))
         reference.drift.append([0.0] * len(self.pairs))
@@ -109,6 +123,14 @@ class HeldGradient:
         for driver in DRIVERS:
             _, found = exact_gradients(self.pairs, directions, driver)
             reference.gradient[driver] = cosines(found, oracle)
+
+    def _update_directions(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        found = []
+        for (_, W, _), (start, _), w in zip(self.pairs, self._before, weights, strict=True):
+            U, _, Vh = torch.linalg.svd((W.detach() - start).flatten(1), full_matrices=False)
+            chosen = w.nonzero().flatten()
+            found.append((w[chosen], U[:, chosen], Vh.mT[:, chosen]))
+        return found
 
     @torch.no_grad()
     def _compare(self, reference: Reference, age: int) -> None:
@@ -120,6 +142,9 @@ class HeldGradient:
         reference.ages.append(age)
         for value, applied in kept.gradients.items():
             reference.cosine[value].append(cosines(applied, gradients))
+        if kept.update_directions:
+            now = update_gradients(self.pairs, kept.update_directions)
+            reference.along_update.append(cosines(kept.update_gradients, now))
         reference.drift.append([(dW.norm() / W_0.norm()).item() for dW, W_0 in zip(moved, kept.weights, strict=True)])
         reference.value_error.append((expanded / losses.double().mean() - 1).abs().item())
 
@@ -154,6 +179,18 @@ def exact_gradients(
             gradients += torch.autograd.grad(loss, W)
         losses.append(loss.detach())
     return torch.stack(losses), gradients
+
+
+def update_gradients(pairs: Pairs, directions: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    """Gradients of every pair's `update_alignment` along (w, u, v); none without directions."""
+    gradients = []
+    for (_, student, teacher), (w, left, right) in zip(pairs, directions, strict=False):
+        W = student.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            gradients += torch.autograd.grad(
+                update_alignment(W.flatten(1), teacher.detach().flatten(1), w, left, right), W
+            )
+    return gradients
 
 
 def cosines(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[float]:

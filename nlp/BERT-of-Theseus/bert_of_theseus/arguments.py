@@ -5,18 +5,8 @@ from collections.abc import Callable, Sequence
 
 from common.errors import Parser, UserError
 
-DSKD_SETTINGS = (
-    "lambda_size",
-    "rank_size",
-    "svd_steps",
-    "grad_steps",
-    "drift",
-    "smoothing",
-    "basis",
-    "svd_driver",
-    "direction",
-)
-DSKD_SETTINGS += ("alpha", "score", "span")
+DSKD_SETTINGS = ("lambda_size", "rank_size", "svd_steps", "grad_steps", "drift", "smoothing", "basis", "svd_driver")
+DSKD_SETTINGS += ("direction", "alpha", "score", "span")
 _ONLY_WITH_THESEUS = ("replacing_rate", "scheduler_type", "scheduler_linear_k", "steps_for_replacing")
 _ONLY_WITH_KD = ("kd_alpha", "kd_temperature")
 _ONLY_WITH_PREDECESSOR = ("predecessor_num_train_epochs", "predecessor_learning_rate")
