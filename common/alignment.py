@@ -1,6 +1,7 @@
-"""The loss of the reading `own` on tall matrices and its exact gradient (docs/method.md, "The gradient of `own`").
+"""How far apart two matrices are along weighted directions: the losses of the readings `own` and `update`.
 
-With p = sqrt(w), P = V diag(p) V^T and H = 2 (A P - T~), the gradient with respect to A = W_s is
+The gradient of `own` (docs/method.md, "The gradient of `own`"). With p = sqrt(w), P = V diag(p) V^T and
+H = 2 (A P - T~), with respect to the student's tall matrix A it is
 
     D = H P + A V S V^T,   S = 2 F o sym(V^T A^T H V),   F_ij = (p_i - p_j) / (sigma_i^2 - sigma_j^2),  F_ii = 0.
 
@@ -15,7 +16,54 @@ mean over such movements and stays right for longer.
 import torch
 from torch import Tensor
 
-from common.matrices import columns, right_singular
+from common.matrices import columns, right_singular, shape_of, tall, without_autocast, working
+
+
+@without_autocast
+def low_rank_alignment(
+    student: Tensor, teacher: Tensor, weights: Tensor, driver: str = "svd", smoothing: float = 0.0
+) -> Tensor:
+    """Alignment loss of the reading `own`: || W~_s - W~_t ||_F^2 with W~ = sum_i sqrt(w_i) sigma_i u_i v_i^T.
+
+    Each network's *own* singular triplets are taken; index i pairs the student's i-th with the teacher's i-th. The
+    gradient with respect to `student` is exact (in closed form, docs/method.md) and stays finite for rank-deficient,
+    all-zero and repeated-singular-value matrices; `teacher` and `weights` are constants.
+
+    Args:
+        student, teacher: (..., m, n).
+        weights: (..., r) from `select_directions`.
+        driver: the decomposition, see `right_singular`.
+        smoothing: of the gradient between close singular values (common/alignment.py); 0 = exact.
+
+    Returns:
+        (...) losses, one a matrix, in float32 or better.
+
+    Raises:
+        ValueError: shapes do not match.
+    """
+    _check_shapes(student, teacher, weights)
+    student_mn, teacher_mn = tall(working(student)), tall(working(teacher.detach()))
+    _, teacher_V_nn = right_singular(teacher_mn, driver)
+    weights = weights.detach().to(student_mn.dtype)
+    count = int((weights > 0).sum(-1).max()) if weights.numel() else 0
+    return own_alignment(student_mn, teacher_mn, teacher_V_nn, weights, max(count, 1), driver, smoothing)
+
+
+@without_autocast
+def update_alignment(student: Tensor, teacher: Tensor, weights: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Alignment loss of the reading `update`: sum_i w_i (u_i^T (W_s - W_t) v_i)^2 along the directions of an update.
+
+    Args:
+        student, teacher: (..., m, n).
+        weights: (..., k) weights of the directions.
+        left, right: (..., m, k) and (..., n, k), the directions u_i and v_i as columns.
+
+    Returns:
+        (...) losses, differentiable by autograd.
+    """
+    gap_mn = working(student) - working(teacher.detach())
+    along_k = (left * (gap_mn @ right)).sum(-2)
+    return (weights * along_k.square()).sum(-1)
 
 
 def own_alignment(
@@ -108,3 +156,11 @@ def _divided_differences(
     gap = (sigma_i / scale).square().unsqueeze(-1) - (sigma_j / scale).square().unsqueeze(-2)
     eps = max(smoothing, 100 * torch.finfo(gap.dtype).eps)
     return (p_i.unsqueeze(-1) - p_j.unsqueeze(-2)) * gap / (gap.square() + eps**2), scale.unsqueeze(-1)
+
+
+def _check_shapes(student: Tensor, teacher: Tensor, weights: Tensor) -> None:
+    if student.shape != teacher.shape or student.ndim < 2:
+        raise ValueError(f"student {shape_of(student)} and teacher {shape_of(teacher)} must be matrices of one shape")
+    expected = (*student.shape[:-2], min(student.shape[-2:]))
+    if tuple(weights.shape) != expected:
+        raise ValueError(f"weights must have the shape {expected}, got {shape_of(weights)}")

@@ -1,6 +1,7 @@
 """Matrix views and decompositions below the DSKD loss. Suffixes name shapes: `V_nr` is (..., n, r), r = min(m, n)."""
 
 from collections.abc import Sequence
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -8,6 +9,17 @@ from torch import Tensor
 DRIVERS = ("gram", "svd", "randomized")
 _OVERSAMPLING = 32
 _POWER_ITERATIONS = 2
+
+
+def without_autocast(function):
+    """Mixed precision must not reach the method's products of matrices."""
+
+    @wraps(function)
+    def wrapped(first, *args, **kwargs):
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return wrapped
 
 
 def right_singular(matrix: Tensor, driver: str, count: int | None = None) -> tuple[Tensor, Tensor]:

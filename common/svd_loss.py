@@ -7,23 +7,22 @@ singular directions that the optimiser is most sensitive to right now.
     with dskd.observe(progress=step / total_steps):
         optimizer.step()
 
-The pure functions below stand beside the formulas of docs/method.md. Shapes: matrices are (..., m, n) with any leading
-batch dimensions and r = min(m, n); suffixes name them (`V_nr` is n x r). Every formula is symmetric under
-transposition, so wide matrices are turned (`tall`) and m >= n holds inside. Nothing needs the left singular vectors:
-sigma_i u_i is W v_i, which stays accurate where sigma_i is tiny.
+This file is the loss that a training loop uses: what it keeps between steps, and when it renews that. The formulas are
+pure functions on matrices in common/sensitivity.py (which directions matter) and common/alignment.py (how far apart two
+matrices are along them, and the exact gradient); all four public names can be imported from here.
 """
 
 import math
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from common.alignment import own_alignment
+from common.alignment import low_rank_alignment, own_alignment, update_alignment
+from common.groups import Group, check_pairs, group_by_shape
 from common.matrices import (
     DRIVERS,
     as_matrix,
@@ -32,12 +31,20 @@ from common.matrices import (
     inner_product,
     right_singular,
     shape_of,
-    tall,
     unit_scale,
     working,
 )
-from common.ranks import exchange, rounds, share
+from common.ranks import exchange, share
 from common.released import released_gradient
+from common.sensitivity import direction_sensitivity, score_directions, select_directions, selected_count
+
+__all__ = [
+    "DirectionSensitivityLoss",
+    "direction_sensitivity",
+    "low_rank_alignment",
+    "select_directions",
+    "update_alignment",
+]
 
 BASES = ("own", "update")
 DIRECTIONS = ("sensitive", "plain", "random", "released")
@@ -46,140 +53,7 @@ SPANS = ("step", "interval")
 # settings that a saved state must agree with
 _SETTINGS = ("rank", "basis", "direction", "alpha", "score", "span", "smoothing")
 _COUNTERS = ("steps", "choices", "expansions", "_held_since", "_postponed", "_copy_gradients")
-_AT_ONCE = 2**20  # elements of the matrices that are decomposed together, which bounds the memory of a refresh
 _SAMPLE = 8  # every 8th element of a weight is looked at to see how far it has moved
-
-
-def _without_autocast(function):
-    """Mixed precision must not reach the method's products of matrices."""
-
-    @wraps(function)
-    def wrapped(first, *args, **kwargs):
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *args, **kwargs)
-
-    return wrapped
-
-
-@_without_autocast
-def direction_sensitivity(update: Tensor, grad: Tensor, alpha: float, driver: str = "svd", rank: int = 0) -> Tensor:
-    """Sensitivity J of every singular direction of a parameter update (method.md, steps 1 to 3).
-
-    J_i = (1 - alpha) g_i / sum(g) + alpha c_i / sum(c), with first order g_i = sigma_i |u_i^T G v_i| and second order
-    c_i = 1/2 sigma_i^2 (u_i^T G G^T u_i)(v_i^T G^T G v_i), the Kronecker-factored empirical Fisher (Martens & Grosse,
-    ICML 2015) as curvature. The scales of update and gradient cancel.
-
-    Args:
-        update: (..., m, n), the weight after the optimizer step minus the weight before it.
-        grad: (..., m, n), the gradient at that step.
-        alpha: training progress in [0, 1]: gradient rules at 0, curvature at 1.
-        driver: the decomposition, see `right_singular`.
-        rank: how many directions are to be selected, for the driver "randomized"; those beyond it score 0 there.
-
-    Returns:
-        (..., r) scores in the order of falling singular values of `update`; they sum to 1. A term whose sum is zero
-        (zero update or zero gradient) counts as zero, so that all scores of such a matrix are 0.
-
-    Raises:
-        ValueError: shapes differ or alpha lies outside [0, 1].
-    """
-    if update.shape != grad.shape or update.ndim < 2:
-        raise ValueError(f"update and grad must be matrices of one shape, got {shape_of(update)} and {shape_of(grad)}")
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha (training progress) must lie in [0, 1], got {alpha}")
-    update_mn, grad_mn = (unit_scale(tall(working(t.detach()))) for t in (update, grad))
-    _, V_nq = right_singular(update_mn, driver, selected_count(rank, update_mn.shape[-1]))
-    return _scores(update_mn, grad_mn, V_nq, alpha)
-
-
-def select_directions(scores: Tensor, rank: int) -> Tensor:
-    """Weights of the `rank` directions with the largest scores (method.md, steps 4 and 5).
-
-    Over the selected set K the scores are min-max normalised and divided by their sum; everything outside K weighs 0.
-    Equal scores: the lower index (larger singular value) is taken first, and a set of equal scores weighs uniformly.
-
-    Args:
-        scores: (..., r) finite scores.
-        rank: size of K; 0 or anything above r means all r directions.
-
-    Returns:
-        (..., r) weights, non-negative, each row summing to 1, in the order of `scores`.
-
-    Raises:
-        ValueError: rank is negative.
-    """
-    k = selected_count(rank, scores.shape[-1])
-    top, index = torch.sort(scores, dim=-1, descending=True, stable=True)
-    top, index = top[..., :k], index[..., :k]
-    above_least = top - top[..., -1:]
-    total = above_least.sum(-1, keepdim=True)
-    weights = torch.where(total > 0, above_least / total, 1.0 / k)
-    return torch.zeros_like(scores).scatter(-1, index, weights)
-
-
-@_without_autocast
-def low_rank_alignment(
-    student: Tensor, teacher: Tensor, weights: Tensor, driver: str = "svd", smoothing: float = 0.0
-) -> Tensor:
-    """Alignment loss of the reading `own`: || W~_s - W~_t ||_F^2 with W~ = sum_i sqrt(w_i) sigma_i u_i v_i^T.
-
-    Each network's *own* singular triplets are taken; index i pairs the student's i-th with the teacher's i-th. The
-    gradient with respect to `student` is exact (in closed form, docs/method.md) and stays finite for rank-deficient,
-    all-zero and repeated-singular-value matrices; `teacher` and `weights` are constants.
-
-    Args:
-        student, teacher: (..., m, n).
-        weights: (..., r) from `select_directions`.
-        driver: the decomposition, see `right_singular`.
-        smoothing: of the gradient between close singular values (common/alignment.py); 0 = exact.
-
-    Returns:
-        (...) losses, one a matrix, in float32 or better.
-
-    Raises:
-        ValueError: shapes do not match.
-    """
-    _check_alignment_shapes(student, teacher, weights)
-    student_mn, teacher_mn = tall(working(student)), tall(working(teacher.detach()))
-    _, teacher_V_nn = right_singular(teacher_mn, driver)
-    weights = weights.detach().to(student_mn.dtype)
-    count = int((weights > 0).sum(-1).max()) if weights.numel() else 0
-    return own_alignment(student_mn, teacher_mn, teacher_V_nn, weights, max(count, 1), driver, smoothing)
-
-
-@_without_autocast
-def update_alignment(student: Tensor, teacher: Tensor, weights: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Alignment loss of the reading `update`: sum_i w_i (u_i^T (W_s - W_t) v_i)^2 along the directions of an update.
-
-    Args:
-        student, teacher: (..., m, n).
-        weights: (..., k) weights of the directions.
-        left, right: (..., m, k) and (..., n, k), the directions u_i and v_i as columns.
-
-    Returns:
-        (...) losses, differentiable by autograd.
-    """
-    gap_mn = working(student) - working(teacher.detach())
-    along_k = (left * (gap_mn @ right)).sum(-2)
-    return (weights * along_k.square()).sum(-1)
-
-
-def selected_count(rank: int, r: int) -> int:
-    """How many of r directions a rank setting selects: 0 or more than r means all."""
-    if rank < 0:
-        raise ValueError(f"rank must be 0 (all directions) or positive, got {rank}")
-    return min(rank, r) if rank else r
-
-
-def _scores(update_mn: Tensor, grad_mn: Tensor, V_nq: Tensor, alpha: float, tempered: bool = False) -> Tensor:
-    """J of the directions V_nq of tall updates, with sqrt(c) for c if `tempered`, and 0 of the other n - q."""
-    scaled_left_mq = update_mn @ V_nq  # sigma_i u_i
-    grad_right_mq = grad_mn @ V_nq
-    first_order = (scaled_left_mq * grad_right_mq).sum(-2).abs()
-    second_order = 0.5 * (grad_mn.mT @ scaled_left_mq).square().sum(-2) * grad_right_mq.square().sum(-2)
-    second_order = second_order.sqrt() if tempered else second_order
-    scores = (1.0 - alpha) * _share_of_sum(first_order) + alpha * _share_of_sum(second_order)
-    return pad(scores, (0, V_nq.shape[-2] - V_nq.shape[-1]))
 
 
 class _HeldGradient(torch.autograd.Function):
@@ -194,24 +68,6 @@ class _HeldGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output: Tensor):
         return None, None, *(grad_output.to(D.dtype) * D for D in ctx.gradients)
-
-
-class _Group:
-    """Pairs of one (tall) shape, decomposed together. Tensors: (pairs, ...) stacks in the working precision."""
-
-    def __init__(self, names: list[str], students: list[Tensor], teachers: list[Tensor]):
-        self.names, self.students, self.teachers = names, students, teachers
-        self.m, self.r = tall(as_matrix(students[0])).shape
-        self.dtype = working(students[0].detach()).dtype
-        self.teacher_V: dict[int, Tensor] = {}  # right singular vectors of the teachers that this rank needs
-        self.weights = self.left = self.right = None  # None: no refresh has chosen directions yet
-
-    def rounds(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        """The rows in parts that are worked on together."""
-        return rounds(rows, max(1, _AT_ONCE // (self.m * self.r)))
-
-    def stack(self, tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-        return torch.stack([tall(working(as_matrix(tensors[i].detach()))) for i in rows]).to(self.dtype)
 
 
 class DirectionSensitivityLoss:
@@ -274,7 +130,7 @@ class DirectionSensitivityLoss:
         score: str = "sensitivity",
         span: str = "step",
     ):
-        _check_pairs(pairs)
+        check_pairs(pairs)
         grad_steps = svd_steps if grad_steps is None else grad_steps
         for name, value, valid in (
             ("basis", basis, BASES),
@@ -307,7 +163,7 @@ class DirectionSensitivityLoss:
         self.expansions = 0  # exact gradients computed
         self._names = [name for name, _, _ in pairs]
         self._students = [student for _, student, _ in pairs]
-        self._groups = _group_by_shape(pairs)
+        self._groups = group_by_shape(pairs)
         self._held: tuple[Tensor, list[Tensor]] | None = None  # constant, gradients D / pairs
         self._held_since = 0
         self._origin: list[Tensor] = []  # with drift: a sample of the weights W0 at which the gradient is exact
@@ -426,7 +282,7 @@ class DirectionSensitivityLoss:
                 ],
             )
 
-    def _weights(self, group: _Group) -> Tensor:
+    def _weights(self, group: Group) -> Tensor:
         if group.weights is not None:
             return group.weights
         like = working(group.students[0].detach())
@@ -479,7 +335,7 @@ class DirectionSensitivityLoss:
         self.choices += 1
         return True
 
-    def _choose_for_group(self, group: _Group, moved: list[int], dW: Sequence, G: Sequence, alpha: float) -> None:
+    def _choose_for_group(self, group: Group, moved: list[int], dW: Sequence, G: Sequence, alpha: float) -> None:
         if self.basis == "update" and group.left is None:
             self._start_directions(group)
         # new tensors: saved states keep the former ones
@@ -495,7 +351,7 @@ class DirectionSensitivityLoss:
                 if self.score == "magnitude":
                     scores = pad(sigma_q, (0, group.r - sigma_q.shape[-1]))
                 else:
-                    scores = _scores(update_mn, grad_mn, V_nq, alpha, self.score == "tempered")
+                    scores = score_directions(update_mn, grad_mn, V_nq, alpha, self.score == "tempered")
                 if self.score == "random":
                     scores = self._dealt_out(scores, [group.names[i] for i in mine], V_nq.shape[-1])
                 places = [rows.index(i) for i in mine]
@@ -517,7 +373,7 @@ class DirectionSensitivityLoss:
         keys = [(self._seed, self.steps, self._names.index(name), *purpose) for name in names]
         return [torch.Generator().manual_seed(hash(key) % 2**63) for key in keys]
 
-    def _start_directions(self, group: _Group) -> None:
+    def _start_directions(self, group: Group) -> None:
         """For `update` before there is one: the leading directions of the student's weights."""
         left, right = [], []
         for rows in group.rounds(range(len(group.names))):
@@ -552,7 +408,7 @@ class DirectionSensitivityLoss:
         gradients = [by_name[name] for name in self._names]
         return total - inner_product(gradients, [W.detach() for W in self._students]), gradients
 
-    def _exact(self, group: _Group, rows: list[int]) -> tuple[Tensor, Tensor]:
+    def _exact(self, group: Group, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Losses (rows,) and gradients (rows, m, n) of some pairs of a group."""
         mine = share(rows)
         losses = working(group.students[0].detach()).new_zeros(len(rows))
@@ -571,7 +427,7 @@ class DirectionSensitivityLoss:
         as_they_are = self.direction in ("sensitive", "released")
         return losses, gradients if as_they_are else self._redirected(group, rows, gradients)
 
-    def _released(self, group: _Group, student_mn: Tensor, rows: list[int]) -> Tensor:
+    def _released(self, group: Group, student_mn: Tensor, rows: list[int]) -> Tensor:
         """The release's gradients (rows, m, n) of some pairs of a group; it does not turn wide matrices."""
         teacher_mn, weights = group.stack(group.teachers, rows), self._weights(group)[rows]
         teacher_V_nn = self._teacher_V(group, teacher_mn, rows)
@@ -584,7 +440,7 @@ class DirectionSensitivityLoss:
             gradients[place] = found.mT if wide else found
         return gradients
 
-    def _redirected(self, group: _Group, rows: list[int], gradients: Tensor) -> Tensor:
+    def _redirected(self, group: Group, rows: list[int], gradients: Tensor) -> Tensor:
         """Gradients of the same norms along the control arm's directions."""
         if self.direction == "plain":
             other = group.stack(group.students, rows) - group.stack(group.teachers, rows)
@@ -595,7 +451,7 @@ class DirectionSensitivityLoss:
         wanted, norm = (torch.linalg.matrix_norm(each, keepdim=True) for each in (gradients, other))
         return other * (wanted / torch.where(norm > 0, norm, 1.0))
 
-    def _align(self, group: _Group, student_mn: Tensor, rows: list[int]) -> Tensor:
+    def _align(self, group: Group, student_mn: Tensor, rows: list[int]) -> Tensor:
         """Exact losses (rows,) of some pairs of a group."""
         teacher_mn = group.stack(group.teachers, rows)
         weights = self._weights(group)[rows]
@@ -610,7 +466,7 @@ class DirectionSensitivityLoss:
         teacher_V_nn = self._teacher_V(group, teacher_mn, rows)
         return own_alignment(student_mn, teacher_mn, teacher_V_nn, weights, count, self.driver, self.smoothing)
 
-    def _teacher_V(self, group: _Group, teacher_mn: Tensor, rows: list[int]) -> Tensor:
+    def _teacher_V(self, group: Group, teacher_mn: Tensor, rows: list[int]) -> Tensor:
         """Right singular vectors (rows, n, n); the teacher is frozen: decomposed once."""
         for i, matrix_mn in zip(rows, teacher_mn, strict=True):
             if i not in group.teacher_V:
@@ -618,38 +474,5 @@ class DirectionSensitivityLoss:
         return torch.stack([group.teacher_V[i] for i in rows])
 
 
-def _group_by_shape(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> list[_Group]:
-    members: dict[tuple, list] = {}
-    for pair in pairs:
-        weight = pair[1]
-        key = (tall(as_matrix(weight)).shape, working(weight).dtype, weight.device)
-        members.setdefault(key, []).append(pair)
-    return [_Group(*(list(column) for column in zip(*group, strict=True))) for group in members.values()]
-
-
-def _check_pairs(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> None:
-    if not pairs:
-        raise ValueError("DSKD needs at least one pair of layers")
-    names = [name for name, _, _ in pairs]
-    for name, student, teacher in pairs:
-        if names.count(name) > 1:
-            raise ValueError(f"the pair name {name!r} occurs {names.count(name)} times")
-        if student.shape != teacher.shape or student.ndim < 2:
-            raise ValueError(f"pair {name}: student {shape_of(student)} and teacher {shape_of(teacher)} must match")
-
-
-def _check_alignment_shapes(student: Tensor, teacher: Tensor, weights: Tensor) -> None:
-    if student.shape != teacher.shape or student.ndim < 2:
-        raise ValueError(f"student {shape_of(student)} and teacher {shape_of(teacher)} must be matrices of one shape")
-    expected = (*student.shape[:-2], min(student.shape[-2:]))
-    if tuple(weights.shape) != expected:
-        raise ValueError(f"weights must have the shape {expected}, got {shape_of(weights)}")
-
-
 def _like(value: Tensor | None, weight: Tensor) -> Tensor | None:
     return None if value is None else value.to(weight.device)
-
-
-def _share_of_sum(scores: Tensor) -> Tensor:
-    total = scores.sum(-1, keepdim=True)
-    return scores / torch.where(total > 0, total, 1.0)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from common import svd_loss
+from common import groups
 from common.matrices import right_singular
 from common.svd_loss import BASES, DirectionSensitivityLoss, direction_sensitivity, select_directions
 
@@ -105,7 +105,7 @@ def test_a_resumed_run_renews_at_the_same_steps():
 def test_the_parts_of_a_refresh_do_not_change_it(basis, monkeypatch):
     results = []
     for at_once in (10**9, 1):  # all matrices of a shape together, or one at a time
-        monkeypatch.setattr(svd_loss, "_AT_ONCE", at_once)
+        monkeypatch.setattr(groups, "_AT_ONCE", at_once)
         dskd, students = loss_of([(9, 6), (6, 9), (9, 6), (6, 6), (6, 6)], svd_steps=2, basis=basis)
         for _ in range(5):
             move(dskd, students, 0.01)
