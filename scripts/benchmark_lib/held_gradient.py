@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from common.matrices import DRIVERS
+from common.released import released_gradient
 from common.svd_loss import (
     DirectionSensitivityLoss,
     direction_sensitivity,
@@ -28,7 +29,8 @@ class Reference:
     || W - W_0 ||_F / || W_0 ||_F; value_error: of the first-order loss, the mean over pairs, relative to the exact one,
     by age; gradient: by driver, the cosines [pair] with the gradient in float64; overlap: by driver, sum(min(w, w')) of
     the direction weights with those of float64 [pair], empty where no directions were chosen; along_update: the cosine
-    of the gradients of the basis "update" at the same weights, empty there, too.
+    of the gradients of the basis "update" at the same weights, empty there, too; released: of the gradient of the
+    authors' release [pair].
     """
 
     stage: str
@@ -40,6 +42,7 @@ class Reference:
     gradient: dict[str, list[float]] = field(default_factory=dict)
     overlap: dict[str, list[float]] = field(default_factory=dict)
     along_update: list[list[float]] = field(default_factory=list)
+    released: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -119,6 +122,7 @@ class HeldGradient:
         for value, kept in gradients.items():
             reference.cosine[value].append(cosines(kept, gradients[0.0]))
         reference.drift.append([0.0] * len(self.pairs))
+        reference.released = cosines(released_gradients(self.pairs, directions), gradients[0.0])
         _, oracle = exact_gradients(self.pairs, directions, "svd", torch.float64)
         for driver in DRIVERS:
             _, found = exact_gradients(self.pairs, directions, driver)
@@ -190,6 +194,16 @@ def update_gradients(pairs: Pairs, directions: Sequence[tuple[Tensor, Tensor, Te
             gradients += torch.autograd.grad(
                 update_alignment(W.flatten(1), teacher.detach().flatten(1), w, left, right), W
             )
+    return gradients
+
+
+def released_gradients(pairs: Pairs, directions: Sequence[Tensor]) -> list[Tensor]:
+    """Of every pair, as the authors' release computes it (common/released.py)."""
+    gradients = []
+    for (_, student, teacher), w in zip(pairs, directions, strict=True):
+        U, sigma, Vh = torch.linalg.svd(teacher.detach().flatten(1), full_matrices=False)
+        low_rank = (U * (w.sqrt() * sigma)) @ Vh
+        gradients.append(released_gradient(student.detach().flatten(1), low_rank, w))
     return gradients
 
 
