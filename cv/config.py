@@ -52,7 +52,7 @@ def defaults() -> CfgNode:
     cfg.DSKD.RANK = 0  # directions per matrix (int, 0: all)
     cfg.DSKD.SVD_STEPS = 100  # optimizer steps between choices of directions (int)
     cfg.DSKD.GRAD_STEPS = 2  # optimizer steps for which an exact gradient is held (int, 1: exact in every step)
-    cfg.DSKD.DRIFT = 0.0005  # hold it on while no matrix has moved by this share of its norm (float, 0: never)
+    cfg.DSKD.DRIFT = 0.0003  # hold it on while no matrix has moved by this share of its norm (float, 0: never)
     cfg.DSKD.SMOOTHING = 0.0  # of it between close singular values, docs/method.md (float, 0: exact)
     cfg.DSKD.BASIS = "own"  # own: each network's singular triplets; update: the directions of the update (str)
     cfg.DSKD.DRIVER = "gram"  # decomposition: gram (eigenvectors of W^T W), svd, or randomized for the updates (str)

@@ -79,7 +79,7 @@ def resnet_case(batch: int, device: str) -> Case:
 
     names = block_map(student, teacher)
     pairs = [(s, student.get_submodule(s).weight, teacher.get_submodule(t).weight) for s, t in names]
-    return Case(f"ResNet56 -> ResNet20, batch {batch}", pairs, step, rank=0, grad_steps=2, drift=0.0005)
+    return Case(f"ResNet56 -> ResNet20, batch {batch}", pairs, step, rank=0, grad_steps=2, drift=0.0003)
 
 
 def parts(case: Case, driver: str | None = None) -> tuple[DirectionSensitivityLoss, dict[str, Callable[[], None]]]:
