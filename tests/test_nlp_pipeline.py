@@ -99,7 +99,8 @@ def test_the_result_holds_the_settings_of_dskd(trained):
         "svd_steps": 2,
         "grad_steps": 2,
         "basis": "own",
-        "svd_driver": "gram",
+        "svd_driver": "randomized",
+        "smoothing": 0.03,
     }
     assert result_of(trained)["dskd"].items() >= expected.items()
 
