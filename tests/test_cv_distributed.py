@@ -88,7 +88,8 @@ def ranks(tmp_path_factory):
     script = folder / "rank.py"
     script.write_text(RANK.format(root=str(ROOT), folder=str(folder)))
     words = ["--cfg", "configs/demo/base.yaml", *SHORT_RUN.split(), "SOLVER.EPOCHS", "2", "DSKD.ENABLED", "true"]
-    words += ["DSKD.SVD_STEPS", "3", "DSKD.GRAD_STEPS", "5", "DISTILLER.TEACHER_CKPT", str(save_teacher(folder / "teacher"))]
+    words += ["DSKD.SVD_STEPS", "3", "DSKD.GRAD_STEPS", "5"]
+    words += ["DISTILLER.TEACHER_CKPT", str(save_teacher(folder / "teacher"))]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launch, *words], env=environment, capture_output=True, text=True, timeout=300)
