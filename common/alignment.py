@@ -26,14 +26,14 @@ def low_rank_alignment(
     """Alignment loss of the reading `own`: || W~_s - W~_t ||_F^2 with W~ = sum_i sqrt(w_i) sigma_i u_i v_i^T.
 
     Each network's *own* singular triplets are taken; index i pairs the student's i-th with the teacher's i-th. The
-    gradient with respect to `student` is exact (in closed form, docs/method.md) and stays finite for rank-deficient,
-    all-zero and repeated-singular-value matrices; `teacher` and `weights` are constants.
+    gradient with respect to `student` is in closed form (docs/method.md), exact unless smoothed, and stays finite for
+    rank-deficient, all-zero and repeated-singular-value matrices; `teacher` and `weights` are constants.
 
     Args:
         student, teacher: (..., m, n).
         weights: (..., r) from `select_directions`.
         driver: the decomposition, see `right_singular`.
-        smoothing: of the gradient between close singular values (common/alignment.py); 0 = exact.
+        smoothing: of the gradient between close singular values (above, in this file); 0 = exact.
 
     Returns:
         (...) losses, one a matrix, in float32 or better.

@@ -1,6 +1,7 @@
 """Bad input ends a program with one line and exit code 2; everything else keeps its traceback."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -23,6 +24,9 @@ def run_cli(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

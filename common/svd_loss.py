@@ -75,9 +75,9 @@ class DirectionSensitivityLoss:
 
     Calling it gives the loss; `observe` around every optimizer step counts the steps and, every `svd_steps` of them,
     chooses the directions anew. Between two recomputations of the exact gradient the loss is its first-order
-    expansion, whose gradient is the exact one of `grad_steps` optimizer steps ago at most: no decomposition, no
-    product of matrices and no host synchronisation in such a step. Calls within one optimizer step (gradient
-    accumulation) see the same expansion.
+    expansion, whose gradient is that of the last recomputation, `grad_steps` optimizer steps ago at most unless `drift`
+    holds it on: no decomposition, no product of matrices and no host synchronisation in such a step. Calls within one
+    optimizer step (gradient accumulation) see the same expansion.
 
     Degenerate input: a pair in `observe`'s `skip`, without a gradient, or with a zero gradient or update keeps its
     former directions; a non-finite gradient or update (an overflow under a gradient scaler) postpones the refresh to
@@ -91,8 +91,8 @@ class DirectionSensitivityLoss:
         svd_steps: optimizer steps between two selections of directions.
         basis: "own" = each network's own singular triplets, "update" = the directions of the parameter update
             itself (until a pair's first refresh, the leading directions of the student's weight).
-        grad_steps: optimizer steps for which an exact gradient is held (1 = exact in every step); `None` =
-            `svd_steps`.
+        grad_steps: optimizer steps for which an exact gradient is held (1 without drift = recomputed in every step);
+            `None` = `svd_steps`.
         drift: after every `grad_steps` steps the gradient is held on if no student matrix has moved by more than this
             share of its norm, ||W - W0|| / ||W0||, since the gradient was computed (0 = never held on).
         smoothing: of the gradient of "own" between close singular values (common/alignment.py), whose squares are in

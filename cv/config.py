@@ -51,7 +51,7 @@ def defaults() -> CfgNode:
     cfg.DSKD.LAMBDA = 0.2  # weight of the DSKD loss (float)
     cfg.DSKD.RANK = 0  # directions per matrix (int, 0: all)
     cfg.DSKD.SVD_STEPS = 100  # optimizer steps between choices of directions (int)
-    cfg.DSKD.GRAD_STEPS = 2  # optimizer steps for which an exact gradient is held (int, 1: exact in every step)
+    cfg.DSKD.GRAD_STEPS = 2  # optimizer steps for which an exact gradient is held (int, 1 with DRIFT 0: every step)
     cfg.DSKD.DRIFT = 0.0003  # hold it on while no matrix has moved by this share of its norm (float, 0: never)
     cfg.DSKD.SMOOTHING = 0.0  # of it between close singular values, docs/method.md (float, 0: exact)
     cfg.DSKD.BASIS = "own"  # own: each network's singular triplets; update: the directions of the update (str)

@@ -1,4 +1,4 @@
-"""Trained teachers: found by an explicit folder, or by name among the shipped and the user's own."""
+"""Trained teachers: found by an explicit folder, or by name among the user's own and the shipped."""
 
 import shlex
 from pathlib import Path
@@ -14,8 +14,9 @@ from cv.models import Network, build_model
 def find_teacher(cfg: CfgNode) -> Path:
     """Folder with model.json and model.safetensors of `DISTILLER.TEACHER`.
 
-    Looks at `DISTILLER.TEACHER_CKPT` if it is given; otherwise at resources/teachers/<dataset>/<name>, then at
-    outputs/<dataset>/teacher_<name>/*/student, where configs/<dataset>/teacher/<name>.yaml leaves it.
+    Looks at `DISTILLER.TEACHER_CKPT` if it is given; otherwise at outputs/<dataset>/teacher_<name>/*/student, where
+    configs/<dataset>/teacher/<name>.yaml leaves it, then at resources/teachers/<dataset>/<name>: a teacher that the
+    user trained comes before the small shipped one.
 
     Raises:
         UserError: it is not there; the message has the command that trains it.
@@ -23,8 +24,8 @@ def find_teacher(cfg: CfgNode) -> Path:
     name, dataset = cfg.DISTILLER.TEACHER, cfg.DATASET.NAME
     if cfg.DISTILLER.TEACHER_CKPT:
         return repository_path(cfg.DISTILLER.TEACHER_CKPT)
-    places = [ROOT / "resources" / "teachers" / dataset / name]
-    places += sorted((ROOT / "outputs" / dataset / f"teacher_{name}").glob("*/student"))
+    places = sorted((ROOT / "outputs" / dataset / f"teacher_{name}").glob("*/student"))
+    places.append(ROOT / "resources" / "teachers" / dataset / name)
     for place in places:
         if (place / "model.json").is_file():
             return place
@@ -43,8 +44,8 @@ def _command(cfg: CfgNode) -> str:
     return shlex.join(words)
 
 
-def load_teacher(cfg: CfgNode, num_classes: int, in_channels: int) -> Network:
-    """The trained teacher in eval mode.
+def load_teacher(cfg: CfgNode, num_classes: int, in_channels: int) -> tuple[Network, str]:
+    """The trained teacher in eval mode, and a line that says which it is: its folder and accuracy.
 
     Raises:
         UserError: no name, no checkpoint, another architecture or number of classes than asked for.
@@ -58,4 +59,5 @@ def load_teacher(cfg: CfgNode, num_classes: int, in_channels: int) -> Network:
     for key, expected in (("architecture", name), ("num_classes", num_classes), ("in_channels", in_channels)):
         if info[key] != expected:
             raise UserError(f"{folder}: the checkpoint's {key} is {info[key]!r}, this run needs {expected!r}")
-    return teacher
+    accuracy = f", top-1 {info['accuracy']:.2f}" if info.get("accuracy") is not None else ""
+    return teacher, f"{name} of {folder}{accuracy}"

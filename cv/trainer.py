@@ -351,9 +351,9 @@ def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Dist
     classes, channels = data.train.num_classes, data.train.images.shape[1]
     student = build_model(cfg.DISTILLER.STUDENT, classes, channels)
     method = METHODS[cfg.DISTILLER.TYPE]
-    teacher = None
+    teacher = source = None
     if method.needs_teacher or cfg.DSKD.ENABLED:
-        teacher = load_teacher(cfg, classes, channels)
+        teacher, source = load_teacher(cfg, classes, channels)
     block = cfg.DISTILLER.TYPE.upper()
     distiller = build_distiller(
         cfg.DISTILLER.TYPE,
@@ -371,12 +371,12 @@ def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Dist
         for network in filter(None, (student, teacher)):
             network.features = torch.compile(network.features)
     if accelerator.is_main_process:
-        _announce(cfg, data, distiller)
+        _announce(cfg, data, distiller, source)
     return distiller, dskd
 
 
-def _announce(cfg: CfgNode, data: DataSets, distiller: Distiller) -> None:
-    teacher = f" from {cfg.DISTILLER.TEACHER}" if distiller.teacher is not None else ""
+def _announce(cfg: CfgNode, data: DataSets, distiller: Distiller, source: str | None) -> None:
+    teacher = f" from {source}" if source else ""
     print(
         f"{cfg.DATASET.NAME}: {len(data.train)} training and {len(data.test)} test images, "
         f"{data.train.num_classes} classes\n{cfg.DISTILLER.STUDENT}{teacher} by {cfg.DISTILLER.TYPE}",

@@ -239,7 +239,7 @@ def test_dskd_falls_and_leaves_the_teacher_alone(tmp_path, teacher, monkeypatch)
     values = column(run, "dskd_loss")
     assert values[2] < values[1] < values[0]  # one and the same loss up to the first choice of directions
     assert values[5] < values[3]  # and up to the second
-    assert same_tensors(teachers[0].state_dict(), load_file(teacher / "model.safetensors"))
+    assert same_tensors(teachers[0][0].state_dict(), load_file(teacher / "model.safetensors"))
 
 
 def test_dskd_joins_plain_training_too(tmp_path, teacher):

@@ -476,11 +476,11 @@ def distilling(overrides: str = ""):
     return short_config(Path("unused"), None, f"DISTILLER.TEACHER resnet8 {overrides}")
 
 
-def test_a_teacher_is_looked_for_in_the_given_folder_then_shipped_then_trained(home):
-    trained = save_teacher(home / "outputs/digits/teacher_resnet8/seed1/student", "resnet8")
-    assert find_teacher(distilling()) == trained
+def test_a_teacher_is_looked_for_in_the_given_folder_then_among_the_trained_then_the_shipped(home):
     shipped = save_teacher(home / "resources/teachers/digits/resnet8", "resnet8")
     assert find_teacher(distilling()) == shipped
+    trained = save_teacher(home / "outputs/digits/teacher_resnet8/seed1/student", "resnet8")
+    assert find_teacher(distilling()) == trained
     given = save_teacher(home / "mine", "resnet8")
     assert find_teacher(distilling("DISTILLER.TEACHER_CKPT mine")).resolve() == given
 
@@ -522,7 +522,9 @@ def test_the_command_for_any_other_teacher_trains_it_where_it_is_then_found(home
     student = home / output_folder(cfg) / "student"
     save_teacher(student, cfg.DISTILLER.STUDENT)
     assert find_teacher(wanted) == student
-    assert load_teacher(wanted, 10, 3).classifier.out_features == 10
+    teacher, line = load_teacher(wanted, 10, 3)
+    assert teacher.classifier.out_features == 10
+    assert str(student) in line
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, teacher):

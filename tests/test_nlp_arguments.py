@@ -93,6 +93,8 @@ def test_dskd_switched_by_another_word_is_refused():
         *((TRAIN + flag, flag) for flag in ("--alpha 0", "--score tempered", "--span interval")),
         (TRAIN + "--ifsvd --score magnitude --alpha 0.5", "--alpha"),
         (TRAIN + "--ifsvd --basis update --direction released", "--direction released"),
+        (TRAIN + "--ifsvd --basis update --smoothing 0", "--smoothing"),
+        (TRAIN + "--ifsvd --direction released --smoothing 0.1", "--smoothing"),
         (TRAIN + "--if_svd false --basis update", "--basis"),
         (TRAIN + "--lambda_size=0.1", "--lambda_size"),
         (TRAIN + "--method finetune --replacing_rate 0.3", "--replacing_rate"),
@@ -200,6 +202,14 @@ def test_a_refused_command_line_ends_with_one_line_and_exit_code_2(capsys):
         run_cli(lambda: parse(TRAIN + "--basis update"))
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: --basis needs --ifsvd\n"
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    program = "from common.errors import run_cli\nrun_cli(lambda: [print('row' * 1000) for _ in range(1000)])"
+    shown = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" | head -c 10', sys.executable, program], capture_output=True, text=True, check=True
+    )
+    assert (shown.stdout, shown.stderr) == ("rowrowrowr", "")
 
 
 def test_a_test_file_may_stand_beside_the_training_file_when_predicting():

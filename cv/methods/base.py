@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ class FeatureShapes(NamedTuple):
     pooled: int  # width of the classifier's input
 
 
-class Distiller(nn.Module):
+class Distiller(nn.Module, ABC):
     """Base of the methods; `distiller(images, labels, indices) -> (student logits, {name: scalar loss})`.
 
     The losses are already weighted: the training loss is their sum. A method states its settings in `defaults()` and
@@ -60,16 +61,16 @@ class Distiller(nn.Module):
             self._check_classes("teacher", teacher)
 
     @staticmethod
+    @abstractmethod
     def defaults() -> CfgNode:
         """The method's settings with their default values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, student: Features, teacher: Features | None, labels: Tensor, indices: Tensor) -> dict[str, Tensor]:
         """The weighted losses by name. labels (N,); indices (N,) of the images in the training set.
 
         Runs outside autocast; features may come in lower precision, so what is read of them is cast to float32.
         """
-        raise NotImplementedError
 
     def forward(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """images (N, C, H, W), labels (N,), indices (N,) -> student logits (N, classes), weighted losses by name."""

@@ -1,5 +1,6 @@
 """What every network gives a distiller: logits, feature maps and the classifier's input, from one forward pass."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -22,14 +23,14 @@ class Features(NamedTuple):
     pooled: Tensor
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """An image classifier: `features(x)` gives `Features`, `forward(x)` its logits; `classifier` is the last layer."""
 
     classifier: nn.Linear
 
+    @abstractmethod
     def features(self, x: Tensor) -> Features:
         """Classify images x (N, in_channels, H, W) and keep what distillers read."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return self.features(x).logits

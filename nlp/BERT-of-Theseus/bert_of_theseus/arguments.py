@@ -115,7 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     dskd.add_argument(
         "--grad_steps",
         type=_at_least(int, 1),
-        help="steps for which the exact gradient of the DSKD loss is held (default: SVD_STEPS; 1: exact in every step)",
+        help="steps for which a gradient of the DSKD loss is held (default: SVD_STEPS; 1, with --smoothing 0: exact in "
+        "every step)",
     )
     dskd.add_argument("--basis", choices=("own", "update"), default="own", help="whose singular directions are taken")
     dskd.add_argument(
@@ -242,6 +243,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         refuse(DSKD_SETTINGS, "needs --ifsvd")
     if args.score == "magnitude":
         refuse(("alpha",), "has no effect with --score magnitude")
+    if args.basis == "update":
+        refuse(("smoothing",), "has no effect with --basis update")
+    if args.direction == "released":
+        refuse(("smoothing",), "has no effect with --direction released")
     if args.direction == "released" and args.basis != "own":
         raise UserError("--direction released needs --basis own")
     if args.method != "theseus":
