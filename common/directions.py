@@ -13,10 +13,11 @@ from common.svd_loss import DirectionSensitivityLoss
 class DirectionRecord:
     """Writes one line per choice of directions (one process only: rank 0):
 
-    {"step": s, "weights": {pair: {"index": [...], "weight": [...]}}, "distance": {pair: ||W_s - W_t||_F / ||W_t||_F}}
+    {"step": s, "weights": {pair: {"index": [...], "weight": [...], "sigma": [...]}}, "distance": {pair: d}}
 
     `index` counts the singular directions of the update from 0, the largest singular value first, and leaves out those
-    of weight 0; numbers have 4 significant digits. A pair that kept its directions is written with those.
+    of weight 0; `sigma` are their singular values in units of the largest; d is ||W_s - W_t||_F / ||W_t||_F. Numbers
+    have 4 significant digits. A pair that kept its directions is written with those.
 
     Args:
         folder: the run's output folder.
@@ -42,15 +43,19 @@ class DirectionRecord:
         if self._dskd.choices == self._choices:
             return
         self._choices = self._dskd.choices
-        weights = {name: _non_zero(row.cpu()) for name, row in self._dskd.direction_weights().items()}
+        spectra = self._dskd.update_spectra()
+        weights = {
+            name: _non_zero(row.cpu(), spectra[name].cpu()) for name, row in self._dskd.direction_weights().items()
+        }
         distances = torch.stack([_distance(student, teacher) for _, student, teacher in self._pairs]).tolist()
         names = [name for name, _, _ in self._pairs]
         self._log.append(step, weights=weights, distance=dict(zip(names, map(_rounded, distances), strict=True)))
 
 
-def _non_zero(row: Tensor) -> dict[str, list]:
-    index = row.nonzero().flatten()
-    return {"index": index.tolist(), "weight": [_rounded(weight) for weight in row[index].tolist()]}
+def _non_zero(weights: Tensor, spectrum: Tensor) -> dict[str, list]:
+    index = weights.nonzero().flatten()
+    columns = {"weight": weights[index], "sigma": spectrum[index]}
+    return {"index": index.tolist(), **{key: [_rounded(x) for x in each.tolist()] for key, each in columns.items()}}
 
 
 def _distance(student: Tensor, teacher: Tensor) -> Tensor:

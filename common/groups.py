@@ -21,6 +21,7 @@ class Group:
         self.dtype = working(students[0].detach()).dtype
         self.teacher_V: dict[int, Tensor] = {}  # right singular vectors of the teachers that this rank needs
         self.weights = self.left = self.right = None  # None: no refresh has chosen directions yet
+        self.spectrum = None  # (pairs, r) singular values of the updates of the last choice, in units of the largest
 
     def rounds(self, rows: Sequence[int]) -> Iterator[list[int]]:
         """The rows in parts that are worked on together."""

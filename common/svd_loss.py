@@ -53,6 +53,7 @@ SPANS = ("step", "interval")
 # settings that a saved state must agree with
 _SETTINGS = ("rank", "basis", "direction", "alpha", "score", "span", "smoothing")
 _COUNTERS = ("steps", "choices", "expansions", "_held_since", "_postponed", "_copy_gradients")
+_CHOSEN = ("weights", "left", "right", "spectrum")  # of a group, renewed by a choice of directions
 _SAMPLE = 8  # every 8th element of a weight is looked at to see how far it has moved
 
 
@@ -241,9 +242,18 @@ class DirectionSensitivityLoss:
             name: row for group in self._groups for name, row in zip(group.names, self._weights(group), strict=True)
         }
 
+    def update_spectra(self) -> dict[str, Tensor]:
+        """Singular values (r,) of the update in which every pair's directions were chosen, in units of the largest.
+
+        Falling; 0 for those that the driver "randomized" does not look for, and all 0 before a pair's first choice.
+        """
+        return {
+            name: row for group in self._groups for name, row in zip(group.names, self._spectrum(group), strict=True)
+        }
+
     def state_dict(self) -> dict:
         """All that a resumed run needs to continue bit for bit: counters, directions, the held gradient."""
-        groups = [{"weights": g.weights, "left": g.left, "right": g.right} for g in self._groups]
+        groups = [{key: getattr(group, key) for key in _CHOSEN} for group in self._groups]
         pairs = {name: list(W.shape) for name, W in zip(self._names, self._students, strict=True)}
         counters = {key: getattr(self, key) for key in _COUNTERS}
         settings = {key: getattr(self, key) for key in _SETTINGS}
@@ -288,6 +298,9 @@ class DirectionSensitivityLoss:
         like = working(group.students[0].detach())
         uniform = select_directions(like.new_zeros(group.r), self.rank)  # equal scores: 1 / rank on the first ones
         return uniform.expand(len(group.names), -1)
+
+    def _spectrum(self, group: Group) -> Tensor:
+        return torch.zeros_like(self._weights(group)) if group.spectrum is None else group.spectrum
 
     def _copies(self) -> list[Tensor]:
         return [weight.detach().clone() for weight in self._students]
@@ -338,30 +351,30 @@ class DirectionSensitivityLoss:
     def _choose_for_group(self, group: Group, moved: list[int], dW: Sequence, G: Sequence, alpha: float) -> None:
         if self.basis == "update" and group.left is None:
             self._start_directions(group)
-        # new tensors: saved states keep the former ones
-        weights, left, right = (
-            None if tensor is None else tensor.clone() for tensor in (self._weights(group), group.left, group.right)
-        )
+        former = (self._weights(group), group.left, group.right, self._spectrum(group))
+        chosen = [None if tensor is None else tensor.clone() for tensor in former]  # saved states keep the former ones
         for rows in group.rounds(moved):
             mine = share(rows)
-            fresh = [None if tensor is None else torch.zeros_like(tensor[rows]) for tensor in (weights, left, right)]
+            fresh = [None if tensor is None else torch.zeros_like(tensor[rows]) for tensor in chosen]
             if mine:
                 update_mn, grad_mn = (unit_scale(group.stack(tensors, mine)) for tensors in (dW, G))
                 sigma_q, V_nq = right_singular(update_mn, self.driver, selected_count(self.rank, group.r))
+                sigma_r = pad(sigma_q, (0, group.r - sigma_q.shape[-1]))
                 if self.score == "magnitude":
-                    scores = pad(sigma_q, (0, group.r - sigma_q.shape[-1]))
+                    scores = sigma_r
                 else:
                     scores = score_directions(update_mn, grad_mn, V_nq, alpha, self.score == "tempered")
                 if self.score == "random":
                     scores = self._dealt_out(scores, [group.names[i] for i in mine], V_nq.shape[-1])
                 places = [rows.index(i) for i in mine]
                 fresh[0][places] = select_directions(scores, self.rank)
-                if left is not None:
+                if group.left is not None:
                     fresh[1][places], fresh[2][places] = self._directions(update_mn, V_nq, fresh[0][places])
-            for kept, new in zip((weights, left, right), fresh, strict=True):
+                fresh[3][places] = sigma_r / sigma_r[..., :1]
+            for kept, new in zip(chosen, fresh, strict=True):
                 if kept is not None:
                     kept[rows] = exchange(new)
-        group.weights, group.left, group.right = weights, left, right
+        group.weights, group.left, group.right, group.spectrum = chosen
 
     def _dealt_out(self, scores: Tensor, names: list[str], found: int) -> Tensor:
         """Scores (rows, r) in random order among the first `found`, those that the driver finds."""
