@@ -16,6 +16,7 @@ import yaml
 
 from common.errors import Parser, UserError, run_cli
 from scripts.reproduce_lib.collect import collect, highest_seed, key_of, keys, read_rows, write_rows
+from scripts.reproduce_lib.curves import draw_curves
 from scripts.reproduce_lib.launch import launch, unfinished
 from scripts.reproduce_lib.plan import Run, plan, short
 from scripts.reproduce_lib.plot import plot
@@ -110,9 +111,11 @@ def main() -> None:
         print(f"{dropped} earlier rows, of other commands or of runs that are not here, are no longer in runs.csv")
     if len(rows):
         summary = summarize(table, rows)
-        render(table, summary, rows, results)
+        curves = draw_curves(table, summary, rows, results)
+        render(table, summary, rows, results, curves)
         plot(table, summary, rows, results)
-        print(f"{len(rows)} runs in {short(results)}: runs.csv, table.md, table.tex, table.csv, table.png, table.svg")
+        pictures = ", ".join(f"{name}.png, {name}.svg" for name in ("table", *(f"curve_{c.name}" for c in curves)))
+        print(f"{len(rows)} runs in {short(results)}: runs.csv, table.md, table.tex, table.csv, {pictures}")
     else:
         print(f"no run with these commands and --set values has finished in {short(output)}, so there is no table")
     if failed:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,7 @@ import pytest
 
 from common.errors import UserError, run_cli
 from scripts import reproduce
+from scripts.reproduce_lib import curves
 from scripts.reproduce_lib import launch as launching
 from scripts.reproduce_lib.plan import ROOT, SCRIPTS, plan
 from scripts.reproduce_lib.summary import paired_difference
@@ -42,7 +44,8 @@ if args.fail:
 time.sleep(600 if args.hang and not args.resume else args.seconds)
 last = args.last[(args.seed - 1) % len(args.last)]
 result = dict(metric="accuracy", last=last, best=last + 1, dskd=dict(rank=32) if args.init else None, seed=args.seed,
-              folder=str(args.output_dir.absolute()), command=" ".join(sys.argv), versions=dict(python="3"))
+              throughput=50 if args.init else 100, folder=str(args.output_dir.absolute()),
+              command=" ".join(sys.argv), versions=dict(python="3"))
 (args.output_dir / "result.json").write_text(json.dumps(result))
 """
 
@@ -61,6 +64,14 @@ cells:
     args: {last: [2, 4, 6], init: "{first}"}
     published: {value: 7.5, source: A paper}
 smoke: {last: 9}
+"""
+
+VERSUS = TABLE.replace("smoke:", "  third: {label: Third, versus: second, args: {last: [3, 8, 7]}}\nsmoke:")
+CURVES = """
+curves:
+  steps: {label: training steps, cells: {first: 2, second: 40}}
+  lone: {label: nothing to compare, cells: {first: 2}}
+  cost: {x: cost, label: time, cells: [first, second]}
 """
 
 
@@ -257,6 +268,7 @@ def test_tables_and_plots_show_the_summary(run):
     assert run("--seeds", 3) == 0
     markdown = (run.results / "table.md").read_text()
     assert "| Second | 3 | 4.00 ± 2.00 | 5.00 ± 2.00 | +2.00 [-0.48, +4.48] | 0.074 | 7.50 |" in markdown
+    assert 'last minus the last of the control, "First", seed by seed' in markdown
     assert "Published elsewhere, not measured here: A paper." in markdown
     assert r"Second & 3 & 4.00 $\pm$ 2.00" in (run.results / "table.tex").read_text()
     second = pd.read_csv(run.results / "table.csv").set_index("cell").loc["second"]
@@ -266,10 +278,80 @@ def test_tables_and_plots_show_the_summary(run):
 
 
 def test_the_same_rows_give_the_same_files(run):
-    run("--seeds", 2)
+    run("--seeds", 2, table=TABLE + CURVES)
     before = {path.name: path.read_bytes() for path in run.results.iterdir()}
-    run("--seeds", 2, "--render-only")
+    run("--seeds", 2, "--render-only", table=TABLE + CURVES)
     assert {path.name: path.read_bytes() for path in run.results.iterdir()} == before
+
+
+def test_a_row_is_compared_with_the_cell_that_it_names(run):
+    run("--seeds", 3, table=VERSUS)
+    cells = pd.read_csv(run.results / "table.csv").set_index("cell")
+    assert cells["versus"].fillna("").to_dict() == {"first": "", "second": "first", "third": "second"}
+    assert cells["difference"].fillna(0).tolist() == [0, 2, 2]  # 3 - 2, 8 - 4, 7 - 6: not minus 1, 2, 3
+    markdown = (run.results / "table.md").read_text()
+    assert "| Method | n | last | best | compared with | difference [95% CI] | p |" in markdown
+    assert "| Third | 3 | 6.00 ± 2.65 | 7.00 ± 2.65 | Second | +2.00 [" in markdown
+    assert 'last minus the last of the row named under "compared with", seed by seed' in markdown
+    assert "& Second & +2.00 [" in (run.results / "table.tex").read_text()
+
+
+def test_a_control_is_compared_only_if_it_names_a_cell(run):
+    run("--seeds", 3, table=TABLE.replace("{label: First,", "{label: First, versus: second,"))
+    cells = pd.read_csv(run.results / "table.csv").set_index("cell")
+    assert cells["difference"].to_dict() == {"first": -2, "second": 2}
+
+
+def test_a_row_without_rows_to_compare_it_with_has_no_difference_until_they_come(run):
+    def difference() -> float:
+        return pd.read_csv(run.results / "table.csv").set_index("cell").loc["third", "difference"]
+
+    run("--seeds", 2, "--cells", "third", table=VERSUS)
+    assert math.isnan(difference())
+    run("--seeds", 1, "--cells", "second", table=VERSUS)
+    assert difference() == 1
+
+
+def test_curves_of_two_cells_or_more_are_drawn_and_linked(run):
+    run("--seeds", 2, table=TABLE + CURVES)
+    assert {path.name for path in run.results.glob("curve_*.png")} == {"curve_steps.png", "curve_cost.png"}
+    assert ">training steps<" in (run.results / "curve_steps.svg").read_text()
+    markdown = (run.results / "table.md").read_text()
+    assert "![training steps](curve_steps.png)" in markdown
+    assert "curve_lone" not in markdown
+
+
+def test_no_curve_is_drawn_before_two_of_its_cells_have_rows(run):
+    run("--seeds", 2, "--cells", "first", table=TABLE + CURVES)
+    assert not list(run.results.glob("curve_*"))
+    assert "Curves" not in (run.results / "table.md").read_text()
+
+
+@pytest.mark.parametrize(("least", "most", "scale"), [(1, 11, "log"), (1, 10, "linear"), (0, 40, "linear")])
+def test_a_curve_shows_mean_and_place_of_every_cell(run, monkeypatch, least, most, scale):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    monkeypatch.setattr(curves, "drawn", lambda *_: nullcontext(figure))
+    text = f"curves: {{a: {{label: A, cells: {{second: {most}, first: {least}}}}}}}\n"
+    run("--seeds", 3, table=TABLE + text)
+    (axis,) = figure.axes
+    points, control = (line.get_ydata() for line in (axis.lines[0], axis.lines[-1]))
+    assert axis.get_xscale() == scale
+    assert (axis.lines[0].get_xdata().tolist(), points.tolist()) == ([least, most], [2, 4])
+    assert set(control) == {2}
+
+
+def test_the_cost_of_a_cell_is_the_median_over_common_seeds():
+    speeds = [("a", 1, 100), ("a", 2, 50), ("a", 3, 10), ("b", 1, 50), ("b", 2, 50), ("b", 3, 2), ("b", 4, 1000)]
+    rows = pd.DataFrame(speeds, columns=["cell", "seed", "throughput"], dtype=object)
+    assert curves.relative_costs(rows, "a").to_dict() == {"a": 1, "b": 2}  # of 2, 1 and 5
+    assert curves.relative_costs(rows.drop(columns="throughput"), "a").empty
+
+
+def test_a_table_without_placeholders_has_no_note_on_them(run):
+    run("--seeds", 1, table=TABLE.replace("{data: data/none}", "{}").replace("{data}", "data"))
+    assert "With:" not in (run.results / "table.md").read_text()
 
 
 def test_scale_applies_to_tables_and_not_to_rows(run):
@@ -324,6 +406,16 @@ def test_a_smoke_run_writes_outside_of_results(write_table, monkeypatch, tmp_pat
         ("titel: A fake table", "title: A fake table", "fake.yaml: unknown key 'titel'; did you mean 'title'?"),
         ("needs: frist", "needs: first", "cells.second.needs: unknown cell 'frist'; did you mean 'first'?"),
         ("needs: second", "needs: first", "cells.second.needs: 'second' must stand above 'second'"),
+        ("needs: first\n    versus: frist", "needs: first", "cells.second.versus: unknown cell 'frist'; did you mean"),
+        (
+            "needs: first\n    versus: second",
+            "needs: first",
+            "cells.second.versus: this is the cell itself; valid:",
+        ),
+        ("curves: {a: {cells: {frist: 1}}}\nsmoke:", "smoke:", "curves.a.cells: unknown cell 'frist'; did you mean"),
+        ("curves: {a: {cells: {first: x}}}\nsmoke:", "smoke:", "curves.a.cells.first: 'x' is no number"),
+        ("curves: {a: {cells: [first]}}\nsmoke:", "smoke:", "curves.a.cells: expected `cell: value` lines"),
+        ("curves: {a: {x: time, cells: [first]}}\nsmoke:", "smoke:", "curves.a.x: expected cost, got 'time'"),
         ("control: frist", "control: first", "control: unknown cell 'frist'; did you mean 'first'?"),
         ('"{dta}/x"', '"{data}/x"', "unknown placeholder {dta}; did you mean 'data'?"),
         ("script: fke.py", "script: fake.py", "script: there is no file 'fke.py'"),

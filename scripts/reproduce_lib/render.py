@@ -1,19 +1,24 @@
 """A summary as Markdown, LaTeX and CSV."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from common.files import write_text
-from scripts.reproduce_lib.table import FOLDER, Table
+from scripts.reproduce_lib.table import FOLDER, Curve, Table
+
+_TEXTS = ("Task", "Method", "compared with")  # columns of words, set to the left
 
 
-def render(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write `table.md`, `table.tex` and `table.csv`; returns their paths."""
+def render(
+    table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path, curves: Sequence[Curve] = ()
+) -> list[Path]:
+    """Write `table.md` (with links to the pictures of `curves`), `table.tex` and `table.csv`; returns their paths."""
     shown = summary[summary["n"] > 0]
     texts = {
-        "table.md": markdown(table, shown, rows),
+        "table.md": markdown(table, shown, rows, curves),
         "table.tex": latex(table, shown),
         "table.csv": shown.to_csv(index=False, lineterminator="\n", float_format="%.6g"),
     }
@@ -22,19 +27,27 @@ def render(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path
     return [folder / name for name in texts]
 
 
-def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame) -> str:
-    """One section per task, then what the columns mean and where the rows come from."""
+def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, curves: Sequence[Curve] = ()) -> str:
+    """One section per task, the curves, then what the columns mean and where the rows come from."""
     parts = [f"# {table.title}", table.description]
+    references = _references(table, summary)
     for task in summary["task"].unique():
         section = summary[summary["task"] == task]
         metric = section["metric"].iloc[0]
-        parts += [f"## {task} ({metric})" if task else f"## {metric}", _markdown_table(_columns(section))]
-    control = table.cell(table.control).label
+        parts += [f"## {task} ({metric})" if task else f"## {metric}", _markdown_table(_columns(section, references))]
+    if curves:
+        parts += ["## Curves", *(f"![{curve.label}](curve_{curve.name}.png)" for curve in curves)]
+    if len(references) > 1:
+        reference = 'the row named under "compared with"'
+    else:
+        reference = f'the control, "{next(iter(references.values()), table.cell(table.control).label)}"'
     notes = [
         "last: at the end of training; best: a run's best evaluation. Mean ± sample standard deviation over n seeds.",
-        f'Difference: last minus the last of the control, "{control}", seed by seed, with its 95% confidence interval; '
+        f"Difference: last minus the last of {reference}, seed by seed, with its 95% confidence interval; "
         "p of a paired t-test, not corrected for the number of comparisons.",
     ]
+    if any(curve.by_cost for curve in curves):
+        notes.append("Cost: throughput of the control divided by the row's, of the same seed; the median over seeds.")
     sources = summary.loc[summary["published"].notna(), "source"].unique()
     if len(sources):
         notes.append(f"Published elsewhere, not measured here: {'; '.join(sources)}.")
@@ -45,7 +58,7 @@ def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame) -> str:
         ("versions", "Versions"),
     ):
         if column in rows:
-            found = [str(value) for value in rows[column].dropna().unique()]
+            found = [str(value) for value in rows[column].dropna().unique() if value]
             notes.append(f"{text}: {'; '.join(found)}." if found else "")
     name = table.path.stem if table.path.parent == FOLDER else table.path.name
     command = f"`python scripts/reproduce.py {name}`"
@@ -55,27 +68,34 @@ def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame) -> str:
 
 def latex(table: Table, summary: pd.DataFrame) -> str:
     """A booktabs table; `\\usepackage{booktabs}`."""
-    columns = _columns(summary)
+    columns = _columns(summary, _references(table, summary))
     if any(summary["task"]):
         columns.insert(0, "Task", summary["task"].where(summary["task"].ne(summary["task"].shift()), ""))
     text = columns.to_latex(
         index=False,
         escape=True,
-        column_format="".join("l" if name in ("Task", "Method") else "r" for name in columns),
+        column_format="".join("l" if name in _TEXTS else "r" for name in columns),
         caption=table.title,
         label=f"tab:{table.name}",
     )
     return text.replace("±", r"$\pm$")
 
 
-def _columns(summary: pd.DataFrame) -> pd.DataFrame:
-    """What a reader sees, as text; columns that would be empty are left out."""
+def _references(table: Table, summary: pd.DataFrame) -> dict[str, str]:
+    """Names and labels of the cells that others are compared with."""
+    return {name: table.cell(name).label for name in summary.loc[summary["difference"].notna(), "versus"].unique()}
+
+
+def _columns(summary: pd.DataFrame, references: Mapping[str, str]) -> pd.DataFrame:
+    """What a reader sees, as text; columns that would be empty, or have one `references` in them, are left out."""
+    named = references if len(references) > 1 else {}
     lines = [
         {
             "Method": line.label,
             "n": str(line.n),
             "last": _spread(line.last_mean, line.last_std),
             "best": _spread(line.best_mean, line.best_std),
+            "compared with": "" if math.isnan(line.difference) else named.get(line.versus, ""),
             "difference [95% CI]": _interval(line),
             "p": "" if math.isnan(line.p) else f"{line.p:.3f}" if line.p >= 0.001 else "< 0.001",
             "published elsewhere": _number(line.published),
@@ -105,5 +125,5 @@ def _markdown_table(columns: pd.DataFrame) -> str:
     def line(cells) -> str:
         return "| " + " | ".join(str(cell).replace("|", r"\|") for cell in cells) + " |"
 
-    rule = ["---" if name == "Method" else "---:" for name in columns]
+    rule = ["---" if name in _TEXTS else "---:" for name in columns]
     return "\n".join([line(columns), line(rule), *(line(row) for row in columns.itertuples(index=False))])

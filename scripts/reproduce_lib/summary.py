@@ -1,4 +1,4 @@
-"""Statistics of a table: mean and sample standard deviation over seeds, paired comparison with the control."""
+"""Statistics of a table: mean and sample standard deviation over seeds, paired comparison with another cell."""
 
 import math
 
@@ -30,15 +30,15 @@ def paired_difference(values: pd.Series, control: pd.Series) -> dict[str, float]
 def summarize(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
     """One line per task and cell, in the table's order and in its display units.
 
-    Columns: task, cell, label, metric, n, last_mean, last_std, best_mean, best_std, difference (of `last` to the
-    control's), low, high, p, pairs, published, source. NaN where there is nothing.
+    Columns: task, cell, label, metric, n, last_mean, last_std, best_mean, best_std, versus (the cell that this one is
+    compared with), difference (of `last` to that cell's), low, high, p, pairs, published, source. NaN where there is
+    nothing.
     """
     lines = []
     for task in table.tasks:
         mine = rows[rows["task"] == task.name]
         metrics = mine["metric"].dropna().unique() if "metric" in mine else []
         by_cell = {cell.name: mine[mine["cell"] == cell.name].set_index("seed") for cell in table.cells}
-        control = by_cell[table.control]["last"].astype(float) * table.scale
         for cell in table.cells:
             last, best = (by_cell[cell.name][name].astype(float) * table.scale for name in ("last", "best"))
             line = {
@@ -51,14 +51,15 @@ def summarize(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
                 "last_std": last.std(),
                 "best_mean": best.mean(),
                 "best_std": best.std(),
+                "versus": table.versus(cell),
                 "difference": math.nan,
                 "low": math.nan,
                 "high": math.nan,
                 "p": math.nan,
                 "pairs": 0,
             }
-            if cell.name != table.control:
-                line |= paired_difference(last, control)
+            if line["versus"]:
+                line |= paired_difference(last, by_cell[line["versus"]]["last"].astype(float) * table.scale)
             published = cell.published.get(task.name, math.nan)
             lines.append({**line, "published": published, "source": cell.source})
     return pd.DataFrame(lines)

@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ FOLDER = ROOT / "configs" / "tables"
 RESERVED = ("task", "cell", "seed", "output")  # placeholders that every run fills in by itself
 
 _TABLE_KEYS = ("table", "title", "description", "script", "control", "seeds", "scale", "placeholders", "base", "tasks")
-_TABLE_KEYS += ("cells", "smoke")
+_TABLE_KEYS += ("cells", "curves", "smoke")
 _TASK_KEYS = ("args", "values")
-_CELL_KEYS = ("label", "needs", "shared", "args", "published", "smoke")
+_CELL_KEYS = ("label", "needs", "versus", "shared", "args", "published", "smoke")
 _PUBLISHED_KEYS = ("value", "source")
+_CURVE_KEYS = ("x", "label", "cells")
 
 Arguments = Mapping[str, Any]  # argument -> its text, or a list of texts
 
@@ -32,6 +34,7 @@ class Cell:
         name: its key in the file.
         label: how the rendered tables call it.
         needs: names of the cells (of the same task and seed) that must be finished first.
+        versus: name of the cell that this one is compared with; "" where that is the table's control.
         shared: run once, with seed 1, for the other cells of all seeds.
         args: arguments on top of the table's and the task's.
         smoke: arguments on top of the table's smoke overrides.
@@ -42,6 +45,7 @@ class Cell:
     name: str
     label: str
     needs: tuple[str, ...]
+    versus: str
     shared: bool
     args: Arguments
     smoke: Arguments
@@ -56,6 +60,25 @@ class Task:
     name: str
     args: Arguments
     values: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A plot of the last metric of some cells against a setting of theirs or against what they cost.
+
+    Attributes:
+        name: its key in the file.
+        label: how the x axis is called.
+        points: name of a cell -> where it stands on the x axis; None for its measured cost.
+    """
+
+    name: str
+    label: str
+    points: Mapping[str, float | None]
+
+    @property
+    def by_cost(self) -> bool:
+        return None in self.points.values()
 
 
 @dataclass(frozen=True)
@@ -74,10 +97,15 @@ class Table:
     base: Arguments
     tasks: tuple[Task, ...]
     cells: tuple[Cell, ...]
+    curves: tuple[Curve, ...]
     smoke: Arguments
 
     def cell(self, name: str) -> Cell:
         return next(cell for cell in self.cells if cell.name == name)
+
+    def versus(self, cell: Cell) -> str:
+        """Name of the cell that a cell is compared with; "" if with none."""
+        return cell.versus or ("" if cell.name == self.control else self.control)
 
 
 def find_table(name: str) -> Path:
@@ -127,6 +155,7 @@ def load_table(path: Path) -> Table:
     if control not in names:
         raise UserError(f"{where}: control: unknown cell {control!r}; {suggest(control, names)}")
     _check_needs(cells, where)
+    _check_versus(cells, where)
     return Table(
         name=name,
         path=path,
@@ -140,6 +169,10 @@ def load_table(path: Path) -> Table:
         base=_arguments(content, "base", where),
         tasks=tasks,
         cells=cells,
+        curves=tuple(
+            _curve(curve, value, f"{where}: curves.{curve}", names)
+            for curve, value in _mapping(content, "curves", where).items()
+        ),
         smoke=_arguments(content, "smoke", where),
     )
 
@@ -209,12 +242,31 @@ def _cell(name: str, value: Any, where: str, tasks: list[str]) -> Cell:
         name=name,
         label=_text(value, "label", where),
         needs=tuple([needs] if isinstance(needs, str) else needs),
+        versus=_text(value, "versus", where) if "versus" in value else "",
         shared=_boolean(value.get("shared", "false"), f"{where}.shared"),
         args=_arguments(value, "args", where),
         smoke=_arguments(value, "smoke", where),
         published={task: _number(text, f"{where}.published.value") for task, text in figures.items()},
         source=_text(published, "source", f"{where}.published") if published else "",
     )
+
+
+def _curve(name: str, value: Any, where: str, names: list[str]) -> Curve:
+    _check_name(name, where)
+    value = _as_mapping(value, where)
+    _check_keys(value, _CURVE_KEYS, where)
+    by_cost = "x" in value
+    if by_cost and value["x"] != "cost":
+        raise UserError(f"{where}.x: expected cost, got {value['x']!r}; other values stand in cells, as `cell: value`")
+    cells = value.get("cells")
+    if not cells or not isinstance(cells, list if by_cost else dict):
+        form = "a list of cells" if by_cost else "`cell: value` lines (or x: cost and a list of cells)"
+        raise UserError(f"{where}.cells: expected {form}, got {cells!r}")
+    for cell in cells:
+        if cell not in names:
+            raise UserError(f"{where}.cells: unknown cell {cell!r}; {suggest(str(cell), names)}")
+    points = {cell: None if by_cost else _number(cells[cell], f"{where}.cells.{cell}", above=-inf) for cell in cells}
+    return Curve(name, _text(value, "label", where), points)
 
 
 def _boolean(value: Any, where: str) -> bool:
@@ -235,6 +287,14 @@ def _check_needs(cells: tuple[Cell, ...], where: str) -> None:
                 )
             if names.index(need) >= position:
                 raise UserError(f"{where}: cells.{cell.name}.needs: {need!r} must stand above {cell.name!r}")
+
+
+def _check_versus(cells: tuple[Cell, ...], where: str) -> None:
+    for cell in cells:
+        others = [other.name for other in cells if other is not cell]
+        if cell.versus and cell.versus not in others:
+            problem = "this is the cell itself" if cell.versus == cell.name else f"unknown cell {cell.versus!r}"
+            raise UserError(f"{where}: cells.{cell.name}.versus: {problem}; {suggest(cell.versus, others)}")
 
 
 def _check_keys(content: Mapping, valid: tuple[str, ...], where: str) -> None:
@@ -284,11 +344,12 @@ def _arguments(content: Mapping, key: str, where: str) -> Arguments:
     return value
 
 
-def _number(text: Any, where: str, *, whole: bool = False) -> float:
+def _number(text: Any, where: str, *, whole: bool = False, above: float = 0) -> float:
     try:
         value = int(text) if whole else float(text)
     except (TypeError, ValueError):
-        value = 0
-    if not 0 < value < float("inf"):
-        raise UserError(f"{where}: {text!r} is no {'whole ' if whole else ''}number above 0")
+        value = nan
+    if not above < value < inf:
+        limit = "" if above == -inf else f" above {above}"
+        raise UserError(f"{where}: {text!r} is no {'whole ' if whole else ''}number{limit}")
     return value
