@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+import socket
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,9 +22,11 @@ from cv.trainer import train
 from scripts import report as script
 from scripts.report_lib import single
 from scripts.report_lib.heatmaps import overlaps, thinned
-from scripts.report_lib.load import Choice, labels, load_run
+from scripts.report_lib.load import Choice, Selected, labels, load_run
+from scripts.report_lib.networks import weight_pairs
+from scripts.report_lib.spectra import first_middle_last, singular_values, weight_spectrum
 from tests.cv_fixtures import read_run, save_teacher, short_config
-from tests.nlp_fixtures import execute, flags, tiny  # noqa: F401
+from tests.nlp_fixtures import execute, flags, tiny, weights_of  # noqa: F401
 
 HOSTILE = '<script>alert("x")</script>'
 FINISHED = {"metric": "accuracy", "last": 0.71, "best": 0.74, "throughput": 37.2, "throughput_unit": "examples/s"}
@@ -48,7 +51,8 @@ def write_lines(path: Path, lines: list[dict]) -> None:
 
 
 def choice_line(step: int, *pairs: str) -> dict:
-    weights = {pair: {"index": [0, 2, 5], "weight": [0.5, 0.3, 0.2]} for pair in pairs}
+    selected = {"index": [0, 2, 5], "weight": [0.5, 0.3, 0.2], "sigma": [1.0, 0.4, 0.05]}
+    weights = dict.fromkeys(pairs, selected)
     return {"step": step, "weights": weights, "distance": {pair: 1 - step / 100 for pair in pairs}}
 
 
@@ -131,7 +135,7 @@ def test_a_choice_is_a_line_with_the_weights_above_zero_and_the_distance(followe
     followed(torch.diag(torch.tensor([4.0, 2.0, 1.0])), torch.diag(torch.tensor([1.0, 5.0, 3.0])))
     (line,) = read_lines(tmp_path)
     assert line["step"] == 2
-    assert line["weights"] == {"layer": {"index": [1], "weight": [1.0]}}  # min-max takes the least one to zero
+    assert line["weights"] == {"layer": {"index": [1], "weight": [1.0], "sigma": [0.5]}}  # min-max: the least one is 0
     # (5, 3, 2) - (2, 2, 2) = (3, 1, 0) over (2, 2, 2)
     assert line["distance"] == {"layer": float(f"{(10 / 12) ** 0.5:.4g}")}
 
@@ -201,7 +205,8 @@ def test_the_text_pipeline_writes_its_choices(text):
     assert [choice.step for choice in run.choices] == [2, 4, 6]
     for choice in run.choices:
         assert len(choice.weights) == 2 * 6
-        assert all(0 < len(index) <= 4 for index, _ in choice.weights.values())
+        assert all(0 < len(selected.index) <= 4 for selected in choice.weights.values())
+    assert max(selected.sigma.max() for selected in run.choices[-1].weights.values()) == 1
     effective = [run.choices[-1].effective(pair) for pair in run.choices[-1].weights]
     assert run.series("effective_directions")[1][-1] == pytest.approx(np.mean(effective), rel=1e-3)
 
@@ -216,9 +221,40 @@ def test_a_resumed_text_run_makes_and_writes_the_same_choices(text):
     assert read_lines(folder) == before
 
 
-def test_the_report_of_a_real_run_has_the_spectra(vision, monkeypatch):
-    found = pictures(page_of(monkeypatch, vision / "run"))
-    assert "Singular values of stages.2.0.conv2, student and teacher" in found
+def spectra_of(page: str) -> list[set[str]]:
+    """Names of the pairs whose spectra are drawn: of the updates, of the weights."""
+    patterns = (
+        "Singular values of the updates of (.+) at their selected directions",
+        "Singular values of (.+), student",
+    )
+    return [{found[1] for alt in pictures(page) if (found := re.match(pattern, alt))} for pattern in patterns]
+
+
+def test_the_report_of_a_real_vision_run_has_both_spectra_of_every_pair(vision, monkeypatch):
+    pairs = set(read_lines(vision / "run")[0]["weights"])
+    assert spectra_of(page_of(monkeypatch, vision / "run")) == [pairs, pairs]
+
+
+def test_the_report_of_a_real_text_run_has_both_spectra(text, monkeypatch):
+    lines = [line["weights"] for line in read_lines(folder_of(text))]
+    chosen = {pair for weights in lines for pair in weights if any(weights[pair]["sigma"])}
+    assert chosen  # a layer that was not sampled in a step that chose has none
+    assert spectra_of(page_of(monkeypatch, folder_of(text))) == [chosen, set(lines[0])]
+
+
+def test_a_text_student_stands_beside_the_last_predecessor_layer_of_its_group(text, tiny):  # noqa: F811
+    pairs = {name: (ours, theirs) for name, ours, theirs in weight_pairs(load_run(folder_of(text)))}
+    ours, theirs = pairs["0.output.dense"]
+    name = "bert.encoder.layer.{}.output.dense.weight"
+    assert torch.equal(ours, weights_of(folder_of(text) / "student")[name.format(0)])
+    assert torch.equal(theirs, weights_of(tiny.model)[name.format(1)])  # 4 layers to 2
+
+
+def test_the_teacher_of_a_run_that_trained_its_predecessor_is_that_one(tmp_path, tiny):  # noqa: F811
+    folder = text_run(tmp_path, model_name_or_path="not/here", finetune_predecessor=True)
+    shutil.copytree(tiny.model, folder / "student")
+    shutil.copytree(tiny.model, folder / "predecessor")
+    assert len(weight_pairs(load_run(folder))) == 4 * 6
 
 
 # The page
@@ -294,6 +330,48 @@ def test_a_vision_run_whose_teacher_is_gone_says_so(tmp_path, monkeypatch):
     assert "Left out: " in page_of(monkeypatch, folder)
 
 
+@pytest.fixture
+def lookups(monkeypatch) -> list:
+    """Hosts that were to be reached; none is."""
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *where, **_: asked.append(where) or [])
+    return asked
+
+
+@pytest.mark.parametrize("model", ["nobody/nowhere", "/not/here"])
+def test_a_text_run_whose_predecessor_is_not_here_says_so(tmp_path, monkeypatch, tiny, lookups, model):  # noqa: F811
+    folder = text_run(tmp_path, model_name_or_path=model)
+    shutil.copytree(tiny.model, folder / "student")
+    assert f"Left out: {model} is neither a folder nor a model that has been" in page_of(monkeypatch, folder)
+    assert lookups == []
+
+
+def test_a_predecessor_of_the_hub_is_read_from_the_cache(tmp_path, tiny, lookups):  # noqa: F811
+    folder = text_run(tmp_path / "run", model_name_or_path="some/model", cache_dir=str(tmp_path / "cache"))
+    shutil.copytree(tiny.model, folder / "student")
+    cached = tmp_path / "cache" / "models--some--model"
+    shutil.copytree(tiny.model, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    assert len(weight_pairs(load_run(folder))) == 4 * 6
+    assert lookups == []
+
+
+def test_a_broken_student_is_said_in_a_line(tmp_path, monkeypatch, tiny):  # noqa: F811
+    folder = text_run(tmp_path, model_name_or_path=str(tiny.model))
+    shutil.copytree(tiny.model, folder / "student")
+    (folder / "student" / "model.safetensors").write_bytes(b"torn")
+    assert f"Left out: {folder / 'student'} cannot be read" in page_of(monkeypatch, folder)
+
+
+def test_updates_of_unknown_singular_values_have_no_spectra(tmp_path, monkeypatch):
+    folder = text_run(tmp_path)
+    line = choice_line(10, "known", "unknown")
+    line["weights"]["unknown"] = {**line["weights"]["unknown"], "sigma": [0, 0, 0]}
+    write_lines(folder / "directions.jsonl", [line])
+    assert spectra_of(page_of(monkeypatch, folder))[0] == {"known"}
+
+
 def test_whatever_comes_from_files_is_shown_as_text(tmp_path, monkeypatch):
     folder = text_run(tmp_path, model_name_or_path=HOSTILE, method=HOSTILE, **{HOSTILE: "$x_{$\ud800"})
     result = json.loads((folder / "result.json").read_text())
@@ -343,7 +421,7 @@ def test_runs_of_equal_settings_are_named_by_their_folders(tmp_path):
 
 
 def choice(step: int, index: list[int], weight: list[float]) -> Choice:
-    return Choice(step, {"p": (np.array(index), np.array(weight))}, {"p": 1.0})
+    return Choice(step, {"p": Selected(np.array(index), np.array(weight), np.ones(len(index)))}, {"p": 1.0})
 
 
 def test_overlap_of_consecutive_choices():
@@ -360,6 +438,26 @@ def test_of_many_choices_the_first_and_the_last_are_drawn():
     steps = [each.step for each in thinned([choice(step, [0], [1.0]) for step in range(1000)])]
     assert (steps[0], steps[-1]) == (0, 999)
     assert len(set(steps)) == len(steps) == 150
+
+
+@pytest.mark.parametrize(("count", "steps"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (6, [0, 3, 5])])
+def test_spectra_are_of_the_first_a_middle_and_the_last_choice(count, steps):
+    assert [each.step for each in first_middle_last([choice(step, [0], [1.0]) for step in range(count)])] == steps
+
+
+def test_the_singular_values_of_a_convolution_are_those_of_its_rows():
+    weight = torch.zeros(2, 3, 1, 1)
+    weight[0, 2], weight[1, 0] = 3, -5
+    assert singular_values(weight) == pytest.approx(np.array([5, 3]))
+
+
+def test_a_student_that_diverged_has_no_spectrum():
+    with pytest.raises(UserError, match="not finite"):
+        singular_values(torch.tensor([[1.0, torch.nan]]))
+
+
+def test_a_matrix_of_zeros_has_an_empty_panel():
+    assert "</svg>" in weight_spectrum(np.zeros(3), np.zeros(3))
 
 
 # What cannot be reported
@@ -394,10 +492,15 @@ def test_a_broken_line_is_named(tmp_path, monkeypatch, name, line):
 @pytest.mark.parametrize(
     "pair",
     [
-        {"index": [1]},
-        {"index": [1, 2], "weight": [1.0]},
-        {"index": [], "weight": []},
-        {"index": [-1], "weight": [1.0]},
+        {"index": [1], "sigma": [1.0]},
+        {"index": [1], "weight": [1.0]},
+        {"index": [1, 2], "weight": [1.0], "sigma": [1.0, 0.5]},
+        {"index": [1, 2], "weight": [0.7, 0.3], "sigma": [1.0]},
+        {"index": [], "weight": [], "sigma": []},
+        {"index": [-1], "weight": [1.0], "sigma": [1.0]},
+        {"index": [1], "weight": [1.0], "sigma": [-0.1]},
+        {"index": [1], "weight": [1.0], "sigma": [1.5]},
+        {"index": [1], "weight": [1.0], "sigma": [float("nan")]},
         3,
     ],
 )

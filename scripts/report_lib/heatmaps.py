@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import NullLocator
 
-from scripts.report_lib.load import Choice
+from scripts.report_lib.load import Choice, Selected
 from scripts.report_lib.plots import drawing, panel, plain, svg
 
 _LEAST = 1e-3  # weights below are drawn like this one
@@ -27,14 +27,14 @@ def thinned(choices: Sequence[Choice]) -> list[Choice]:
 
 def weight_map(choices: Sequence[Choice], pair: str, end: int) -> str:
     """Weight of every direction of a pair (1 = largest singular value) from each choice to the next, at last `end`."""
-    count = 1 + max(int(choice.weights[pair][0].max()) for choice in choices)
+    count = 1 + max(int(choice.weights[pair].index.max()) for choice in choices)
     edges = np.arange(1, count + 2)
     if count > _LINEAR:
         edges = np.unique(np.geomspace(1, count + 1, _ROWS + 1).round())
     columns = []
     for choice in choices:
-        index, weight = choice.weights[pair]
-        columns.append(np.histogram(index + 1, bins=edges, weights=weight)[0])
+        selected = choice.weights[pair]
+        columns.append(np.histogram(selected.index + 1, bins=edges, weights=selected.weight)[0])
     values = np.ma.masked_equal(np.stack(columns, axis=1), 0)
     with panel() as (figure, axis):
         _mesh(axis, _spans(choices, end), edges, values.clip(_LEAST), _weight_scale())
@@ -82,10 +82,10 @@ def overlaps(choices: Sequence[Choice], pairs: Sequence[str]) -> tuple[np.ndarra
     return np.array(shared), np.array(jaccard)
 
 
-def _overlap(before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
-    common, i, k = np.intersect1d(before[0], after[0], return_indices=True)
-    weight = np.minimum(before[1][i] / before[1].sum(), after[1][k] / after[1].sum()).sum()
-    return float(weight), len(common) / (len(before[0]) + len(after[0]) - len(common))
+def _overlap(before: Selected, after: Selected) -> tuple[float, float]:
+    common, i, k = np.intersect1d(before.index, after.index, return_indices=True)
+    weight = np.minimum(before.weight[i] / before.weight.sum(), after.weight[k] / after.weight.sum()).sum()
+    return float(weight), len(common) / (len(before.index) + len(after.index) - len(common))
 
 
 def _weight_scale() -> LogNorm:

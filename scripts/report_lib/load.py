@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,17 +18,29 @@ _TIMINGS = ("_runtime", "_per_second", "_time", "_loss")  # of an evaluation; al
 _PLACES = ("OUTPUT_DIR", "DISTILLER.TEACHER_CKPT", "DATASET.ROOT", "output_dir", "data_dir", "overwrite_output_dir")
 
 
+class Selected(NamedTuple):
+    """Directions of a pair with their weights, which are above 0.
+
+    index: 0 is the largest singular value of the update.
+    sigma: the singular values in units of the largest; 0 if unknown.
+    """
+
+    index: np.ndarray
+    weight: np.ndarray
+    sigma: np.ndarray
+
+
 @dataclass(frozen=True)
 class Choice:
-    """The directions in force after a step: (indices, weights) and ||W_s - W_t||_F / ||W_t||_F of every pair."""
+    """The directions in force after a step, and ||W_s - W_t||_F / ||W_t||_F of every pair."""
 
     step: int
-    weights: dict[str, tuple[np.ndarray, np.ndarray]]
+    weights: dict[str, Selected]
     distance: dict[str, float]
 
     def effective(self, pair: str) -> float:
         """1 / sum(w^2)."""
-        weight = self.weights[pair][1]
+        weight = self.weights[pair].weight
         return float(weight.sum() ** 2 / np.square(weight).sum())
 
 
@@ -211,15 +223,21 @@ def _lines(path: Path, running: bool) -> list[tuple[int, dict[str, Any]]]:
 def _choice(line: dict[str, Any], where: str) -> Choice:
     try:
         weights = {
-            name: (np.array(w["index"], int), np.array(w["weight"], float)) for name, w in line["weights"].items()
+            name: Selected(np.array(w["index"], int), np.array(w["weight"], float), np.array(w["sigma"], float))
+            for name, w in line["weights"].items()
         }
         distance = {name: float(line["distance"][name]) for name in weights}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         weights = {}
-    if not weights or not all(_weighs(*pair) for pair in weights.values()):
-        raise UserError(f'{where}: "weights" with "index" and "weight", and a "distance" of every pair are expected')
+    if not weights or not all(map(_makes_sense, weights.values())):
+        raise UserError(
+            f'{where}: "weights" with "index", "weight" and "sigma", and a "distance" of every pair are expected'
+        )
     return Choice(line["step"], weights, distance)
 
 
-def _weighs(index: np.ndarray, weight: np.ndarray) -> bool:
-    return index.ndim == 1 and index.shape == weight.shape and index.size > 0 and index.min() >= 0 and weight.min() > 0
+def _makes_sense(pair: Selected) -> bool:
+    index, weight, sigma = pair
+    if index.ndim != 1 or not index.size or not index.shape == weight.shape == sigma.shape:
+        return False
+    return bool(index.min() >= 0 and weight.min() > 0 and sigma.min() >= 0 and sigma.max() <= 1)

@@ -86,7 +86,7 @@ def bundle(steps: Sequence[int], rows: np.ndarray, ylabel: str) -> str:
 def panel() -> Iterator[tuple[Figure, Axes]]:
     """A small drawing, one of many: the same margins in all, so that they line up and take little time."""
     with drawing((2.3, 1.8), font=8, layout=None) as (figure, axis):
-        figure.subplots_adjust(left=0.23, right=0.92, bottom=0.14, top=0.95)
+        figure.subplots_adjust(left=0.26, right=0.92, bottom=0.14, top=0.95)
         yield figure, axis
 
 

@@ -6,8 +6,9 @@ from common.errors import UserError
 from scripts.report_lib import heatmaps, plots
 from scripts.report_lib.facts import RESULT_HEADER, headline, result_row
 from scripts.report_lib.load import Run, metric_name
+from scripts.report_lib.networks import has_networks, weight_pairs
 from scripts.report_lib.page import details, grid, note, page, picture, section, table
-from scripts.report_lib.spectra import has_spectra, spectra, spectrum
+from scripts.report_lib.spectra import first_middle_last, singular_values, update_spectra, weight_spectrum
 
 
 def report(run: Run) -> str:
@@ -18,7 +19,8 @@ def report(run: Run) -> str:
         section("Result", table([result_row(run, "this run")], RESULT_HEADER, "Figures of the run")),
         section("Training", grid(_training(run)) or note("There is no log line with numbers yet.")),
         _directions(run),
-        _spectra(run),
+        _update_spectra(run),
+        _weight_spectra(run),
         section("Settings", details("All settings", table(list(run.settings.items()), ("setting", "value")))),
     ]
     return page(title, parts)
@@ -99,7 +101,7 @@ def _directions(run: Run) -> str:
     if not run.choices:
         words = "No directions have been chosen (or recorded in directions.jsonl) yet." if run.has_dskd else ""
         return section("Directions", note(words)) if words else ""
-    pairs = [pair for pair in run.choices[0].weights if all(pair in choice.weights for choice in run.choices)]
+    pairs = _pairs(run)
     end = run.last_step
     drawn = heatmaps.thinned(run.choices)
     less = f" Of {len(run.choices)} choices {len(drawn)} are drawn." if len(drawn) < len(run.choices) else ""
@@ -137,6 +139,10 @@ def _directions(run: Run) -> str:
     )
 
 
+def _pairs(run: Run) -> list[str]:
+    return [pair for pair in run.choices[0].weights if all(pair in choice.weights for choice in run.choices)]
+
+
 def _choices_over_time(run: Run, pairs: list[str]) -> list[str]:
     steps = [choice.step for choice in run.choices]
     distances = np.array([[choice.distance[pair] for pair in pairs] for choice in run.choices])
@@ -168,7 +174,7 @@ def _pair_table(run: Run, pairs: list[str]) -> str:
     first, last = run.choices[0], run.choices[-1]
     rows = []
     for pair in pairs:
-        index, weight = last.weights[pair]
+        index, weight, _ = last.weights[pair]
         cells = [len(index), f"{last.effective(pair):.1f}", index[weight.argmax()] + 1, f"{weight.max():.3f}"]
         rows.append([pair, *cells, f"{first.distance[pair]:.4f}", f"{last.distance[pair]:.4f}"])
     header = ["layer pair", "weights above 0", "effective directions", "heaviest direction", "its weight"]
@@ -176,19 +182,38 @@ def _pair_table(run: Run, pairs: list[str]) -> str:
     return table(rows, header, f"Directions chosen after step {last.step}")
 
 
-def _spectra(run: Run) -> str:
-    if not has_spectra(run):
+def _update_spectra(run: Run) -> str:
+    if not run.choices:
+        return ""
+    shown = first_middle_last(run.choices)
+    panels = [
+        picture(svg, f"Singular values of the updates of {pair} at their selected directions", pair)
+        for pair, svg in update_spectra(shown, _pairs(run)).items()
+    ]
+    words = (
+        "Singular values of the update in which directions were chosen, in units of its largest (logarithmic), against "
+        "the direction, 1 being the largest. Every dot is a selected direction; of the others nothing is recorded. "
+        f"From light to dark: the choices at step {', '.join(str(choice.step) for choice in shown)}; a pair "
+        "that had none of its own by then has no line. Flat: the optimizer moves many directions equally far; steep: "
+        "few."
+    )
+    return section("Spectra of the updates", note(words), grid(panels, "panels")) if panels else ""
+
+
+def _weight_spectra(run: Run) -> str:
+    title = "Spectra of the weights"
+    if not has_networks(run):
         return ""
     try:
-        found = spectra(run)
+        found = [(name, *map(singular_values, weights)) for name, *weights in weight_pairs(run)]
     except UserError as error:
-        return section("Spectra", note(f"Left out: {error}"))
+        return section(title, note(f"Left out: {error}"))
     panels = [
-        picture(spectrum(*values), f"Singular values of {pair}, student and teacher", pair)
-        for pair, values in found.items()
+        picture(weight_spectrum(student, teacher), f"Singular values of {name}, student and teacher", name)
+        for name, student, teacher in found
     ]
     words = (
         "Singular values of the exported student's weights (solid) and of the teacher's (dashed), largest first, on a "
         "logarithmic axis (weight units): where the lines meet, the weights are equally strong, not necessarily equal."
     )
-    return section("Spectra", note(words), grid(panels, "panels"))
+    return section(title, note(words), grid(panels, "panels"))
