@@ -32,6 +32,7 @@ def defaults() -> CfgNode:
     cfg.DISTILLER.STUDENT = "resnet20"  # network that is trained, see cv/models (str)
     cfg.DISTILLER.TEACHER = ""  # network that is distilled; unused by vanilla without DSKD (str)
     cfg.DISTILLER.TEACHER_CKPT = ""  # folder with its model.json and model.safetensors (str, default: found by name)
+    cfg.DISTILLER.START = "random"  # the student's weights: random, or teacher: a copy of its paired blocks (str)
 
     cfg.SOLVER = CfgNode()
     cfg.SOLVER.BATCH_SIZE = 64  # images per optimizer step, over all ranks together (int)
@@ -197,6 +198,7 @@ def _validate(cfg: CfgNode, where: str) -> None:
     solver, dskd = cfg.SOLVER, cfg.DSKD
     checks = [
         ("DISTILLER.TYPE", cfg.DISTILLER.TYPE in METHODS, f"one of {', '.join(METHODS)}"),
+        ("DISTILLER.START", cfg.DISTILLER.START in ("random", "teacher"), "random or teacher"),
         ("DATASET.IMAGE_SIZE", cfg.DATASET.IMAGE_SIZE >= 0, "0 or a side in pixels"),
         ("DATASET.SUBSET", cfg.DATASET.SUBSET >= 0, "0 or a number of images"),
         ("SOLVER.BATCH_SIZE", solver.BATCH_SIZE >= 1, "at least 1"),

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from common.errors import UserError
-from common.pairing import expand_patterns, pair_weights, spread_evenly
+from common.pairing import expand_patterns, pair_weights
 from common.svd_loss import DirectionSensitivityLoss
+from cv.blocks import paired_blocks
 
 
 def layer_pairs(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> list[tuple[str, Tensor, Tensor]]:
@@ -33,31 +34,16 @@ def layer_map(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> list
 
 
 def block_map(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
-    """conv1 and conv2 of every residual block, stage by stage, blocks spread over the teacher's (`spread_evenly`).
+    """conv1 and conv2 of every residual block, stage by stage, as `paired_blocks` pairs them.
 
     Raises:
-        UserError: a network without stages of residual blocks, or with another number of stages.
+        UserError: networks that do not pair up block by block.
     """
-    for role, network in (("student", student), ("teacher", teacher)):
-        blocks = [block for stage in getattr(network, "stages", [()]) for block in stage] or [network]
-        if not all(
-            isinstance(getattr(block, name, None), nn.Conv2d) for block in blocks for name in ("conv1", "conv2")
-        ):
-            raise UserError(
-                f"the {role} {type(network).__name__} has no stages of residual blocks; "
-                "name the layer pairs in DSKD.PAIRS"
-            )
-    if len(student.stages) != len(teacher.stages):
-        raise UserError(
-            f"the student has {len(student.stages)} stages and the teacher {len(teacher.stages)}; "
-            "name the layer pairs in DSKD.PAIRS"
-        )
-    return [
-        (f"stages.{s}.{i}.{name}", f"stages.{s}.{k}.{name}")
-        for s, (ours, theirs) in enumerate(zip(student.stages, teacher.stages, strict=True))
-        for i, k in enumerate(spread_evenly(len(theirs), len(ours)))
-        for name in ("conv1", "conv2")
-    ]
+    try:
+        blocks = paired_blocks(student, teacher)
+    except UserError as error:
+        raise UserError(f"{error}; name the layer pairs in DSKD.PAIRS") from None
+    return [(f"{ours}.{name}", f"{theirs}.{name}") for ours, theirs in blocks for name in ("conv1", "conv2")]
 
 
 def build_dskd(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> DirectionSensitivityLoss:

@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.files import write_aside
 from common.record import RunRecord
 from common.svd_loss import DirectionSensitivityLoss
+from cv.blocks import copy_from_teacher
 from cv.config import ROOT, as_dict, leaves, repository_path
 from cv.data import DataSets, EpochLoader, load_dataset
 from cv.dskd import build_dskd, layer_map, layer_pairs
@@ -352,8 +353,11 @@ def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Dist
     student = build_model(cfg.DISTILLER.STUDENT, classes, channels)
     method = METHODS[cfg.DISTILLER.TYPE]
     teacher = source = None
-    if method.needs_teacher or cfg.DSKD.ENABLED:
+    copied = cfg.DISTILLER.START == "teacher"
+    if method.needs_teacher or cfg.DSKD.ENABLED or copied:
         teacher, source = load_teacher(cfg, classes, channels)
+    if copied:
+        copy_from_teacher(student, teacher)
     block = cfg.DISTILLER.TYPE.upper()
     distiller = build_distiller(
         cfg.DISTILLER.TYPE,
@@ -377,6 +381,7 @@ def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Dist
 
 def _announce(cfg: CfgNode, data: DataSets, distiller: Distiller, source: str | None) -> None:
     teacher = f" from {source}" if source else ""
+    teacher += ", started as a copy of its blocks" if cfg.DISTILLER.START == "teacher" else ""
     print(
         f"{cfg.DATASET.NAME}: {len(data.train)} training and {len(data.test)} test images, "
         f"{data.train.num_classes} classes\n{cfg.DISTILLER.STUDENT}{teacher} by {cfg.DISTILLER.TYPE}",

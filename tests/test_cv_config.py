@@ -159,6 +159,7 @@ def test_a_file_must_give_texts_where_texts_belong(yaml, text, key):
 
 OUT_OF_RANGE = {
     "DISTILLER.TYPE": "kdd",
+    "DISTILLER.START": "copy",
     "DATASET.IMAGE_SIZE": "-1",
     "DATASET.SUBSET": "-1",
     "SOLVER.BATCH_SIZE": "0",

@@ -14,6 +14,7 @@ from torch import nn
 import cv.trainer
 from common.errors import UserError
 from common.svd_loss import DirectionSensitivityLoss
+from cv.blocks import copy_from_teacher
 from cv.config import defaults
 from cv.dskd import build_dskd, layer_map, layer_pairs
 from cv.models import build_model
@@ -310,3 +311,41 @@ def test_an_unknown_direction_is_refused():
     pair = ("w", nn.Parameter(torch.ones(2, 2)), torch.zeros(2, 2))
     with pytest.raises(ValueError, match="direction must be one of sensitive, plain, random, released, got 'up'"):
         DirectionSensitivityLoss([pair], direction="up")
+
+
+# A student that starts as the teacher's blocks
+
+
+def test_a_student_of_the_teachers_depth_starts_as_the_teacher():
+    ours, theirs = network("resnet14"), network("resnet14")
+    copy_from_teacher(ours, theirs)
+    assert same_tensors(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize(("teacher", "student"), [("resnet56", "resnet20"), ("wrn_40_2", "wrn_16_2")])
+def test_a_shallower_student_starts_with_the_paired_blocks_and_the_rest_of_the_teacher(teacher, student):
+    ours, theirs = network(student), network(teacher)
+    copy_from_teacher(ours, theirs)
+    layers = layer_map(ours, theirs, settings())
+    layers += [("conv1", "conv1"), ("stages.1.0.bn1", "stages.1.0.bn1"), ("classifier", "classifier")]
+    for a, b in layers:
+        assert same_tensors(ours.get_submodule(a).state_dict(), theirs.get_submodule(b).state_dict())
+
+
+def test_a_tensor_that_cannot_be_copied_is_named_with_both_shapes():
+    with pytest.raises(UserError) as caught:
+        copy_from_teacher(network("wrn_16_1"), network("wrn_40_2"))
+    for part in ("stages.0.0.conv1.weight (16, 16, 3, 3)", "(32, 16, 3, 3)", "START random"):
+        assert part in str(caught.value)
+
+
+def test_networks_without_blocks_cannot_start_from_the_teacher():
+    with pytest.raises(UserError, match=r"DISTILLER\.START teacher: the student VGG has no stages"):
+        copy_from_teacher(network("vgg8"), network("resnet8"))
+
+
+def test_a_run_that_starts_from_the_teacher_says_so_and_trains_from_there(tmp_path, teacher, capsys):
+    run = short_run(tmp_path, teacher, "SOLVER.LR 1e-9 DISTILLER.START teacher DISTILLER.STUDENT resnet14")
+    assert "started as a copy of its blocks" in capsys.readouterr().out
+    before = load_file(teacher / "model.safetensors")
+    torch.testing.assert_close(run.weights["classifier.weight"], before["classifier.weight"], rtol=1e-4, atol=1e-6)
