@@ -524,3 +524,14 @@ def _wait_for(path: Path, seconds: float = 40) -> None:
     while not path.exists():
         assert time.monotonic() < until, f"{path.name} did not appear"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, "2"), ("5", "5")])
+def test_jobs_share_the_cores_unless_the_user_sets_the_threads(monkeypatch, asked, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    else:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert launching._environment("local", {}, jobs=4, slot=0)["OMP_NUM_THREADS"] == expected

@@ -146,13 +146,13 @@ def _executor(launcher: str, options: Mapping[str, Any], logs: Path):
 
 
 def _environment(launcher: str, options: Mapping[str, Any], jobs: int, slot: int) -> dict[str, str]:
-    """Processor cores shared among the jobs; GPUs taken in turn."""
+    """Processor cores shared among the jobs, unless the user has set the threads; GPUs taken in turn."""
     if launcher == "slurm":
         return {"OMP_NUM_THREADS": str(options.get("cpus_per_task", 1))}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = _gpus()
     return {
-        "OMP_NUM_THREADS": str(max(cores // jobs, 1)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(cores // jobs, 1))),
         "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)] if gpus else "",
     }
 
