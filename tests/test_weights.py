@@ -1,0 +1,41 @@
+"""scripts/weights.py: how close students came to their teachers."""
+
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from cv_fixtures import save_teacher, short_run
+
+from common.errors import UserError
+from scripts import weights
+
+
+def test_cosine_and_distance_are_those_of_the_matrices():
+    eye = torch.eye(2)
+    turned = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    found = weights.closeness([("half", eye, 2 * eye), ("across", turned, eye)])
+    # distances ||I - 2I|| / ||2I|| = 1/2 and ||X - I|| / ||I|| = sqrt(2)
+    assert found == pytest.approx({"cosine": 0.5, "lowest": 0, "highest": 1, "distance": (0.5 + 2**0.5) / 2})
+
+
+def test_runs_with_a_teacher_get_a_line_each(tmp_path, monkeypatch, capsys):
+    teacher = save_teacher(tmp_path / "teacher")
+    short_run(tmp_path / "copied", teacher, "DISTILLER.START teacher DISTILLER.STUDENT resnet14 SOLVER.LR 1e-9")
+    short_run(tmp_path / "random", teacher, "SOLVER.LR 1e-9")
+    short_run(tmp_path / "vanilla", None, "DISTILLER.TYPE vanilla DISTILLER.TEACHER ''")
+    folders = [str(tmp_path / name) for name in ("copied", "random", "vanilla")]
+    monkeypatch.setattr(sys, "argv", ["weights.py", *folders, "--output", str(tmp_path / "weights.csv")])
+    weights.main()
+    lines = pd.read_csv(tmp_path / "weights.csv").set_index("run")
+    assert list(lines.index) == ["copied", "random"]
+    assert lines.loc["copied", "cosine"] == pytest.approx(1, abs=1e-3)
+    assert abs(lines.loc["random", "cosine"]) < 0.1
+    assert "copied" in capsys.readouterr().out
+
+
+def test_folders_without_a_teacher_are_refused(tmp_path, monkeypatch):
+    short_run(tmp_path / "vanilla", None, "DISTILLER.TYPE vanilla DISTILLER.TEACHER ''")
+    monkeypatch.setattr(sys, "argv", ["weights.py", str(tmp_path / "vanilla")])
+    with pytest.raises(UserError, match="names a teacher"):
+        weights.main()
