@@ -142,6 +142,16 @@ def test_the_recipe_of_the_literature(path):
     assert cfg.DATASET.AUGMENT
 
 
+@pytest.mark.parametrize("pair", [path.stem for path in RUNS if "tuned" in path.parts])
+def test_the_tuned_recipe_changes_the_start_and_the_basis_alone(pair):
+    paper = leaves(load_config(f"configs/cifar100/svd/dkd/{pair}.yaml"))
+    tuned = leaves(load_config(f"configs/cifar100/tuned/dkd/{pair}.yaml"))
+    assert {key: value for key, value in tuned.items() if value != paper[key]} == {
+        "DISTILLER.START": "teacher",
+        "DSKD.BASIS": "update",
+    }
+
+
 @pytest.mark.parametrize(("method", "pair"), [path.with_suffix("").parts[-2:] for path in RUNS if "svd" in path.parts])
 def test_dskd_joins_the_method_and_changes_nothing_else(method, pair):
     alone = leaves(load_config(f"configs/cifar100/{method}/{pair}.yaml"))
