@@ -59,7 +59,7 @@ def main() -> None:
     image_rows, image_values = image_half(args.output_dir)
     tables = [
         write_table(args.output_dir / "text.md", "Text: 6-layer encoder to 3 layers, one seed", text_rows),
-        write_table(args.output_dir / "images.md", f"Images: digits, {len(IMAGE_SEEDS)} seeds", image_rows),
+        write_table(args.output_dir / "images.md", f"Images: digits, students on 150 images, {len(IMAGE_SEEDS)} seeds", image_rows),
     ]
     figure = args.output_dir / "demo.png"
     metric = read_result(args.output_dir / "theseus")["metric"]
@@ -107,9 +107,9 @@ def text_half(args: argparse.Namespace) -> tuple[list[dict], dict[str, list[floa
 
 
 def image_half(output_dir: Path) -> tuple[list[dict], dict[str, list[float]]]:
-    """Teacher, student alone, KD, KD + DSKD on scikit-learn's digits; rows of the table, top-1 per run and seed."""
+    """Teacher (all images), student alone, KD, KD + DSKD (few) on digits; rows of the table, top-1 per run and seed."""
     teacher = output_dir / "images" / "teacher"
-    runs = [("teacher", "ResNet20, the teacher", (1,))]
+    runs = [("teacher", "ResNet20 on all images, the teacher", (1,))]
     runs += [(config, label, IMAGE_SEEDS) for config, label in IMAGE_RUNS.items()]
     rows, values = [], {}
     for config, label, seeds in runs:
