@@ -59,7 +59,7 @@ def main() -> None:
     image_rows, image_values = image_half(args.output_dir)
     tables = [
         write_table(args.output_dir / "text.md", "Text: 6-layer encoder to 3 layers, one seed", text_rows),
-        write_table(args.output_dir / "images.md", f"Images: digits, students on 150 images, {len(IMAGE_SEEDS)} seeds", image_rows),
+        write_table(args.output_dir / "images.md", f"Images: 150 digits, {len(IMAGE_SEEDS)} seeds", image_rows),
     ]
     figure = args.output_dir / "demo.png"
     metric = read_result(args.output_dir / "theseus")["metric"]
