@@ -94,9 +94,9 @@ def shell_run(tmp_path_factory, teacher):
     return done, read_run(folder)
 
 
-def test_the_command_runs_from_cv(shell_run):
+def test_the_command_runs_from_cv_and_names_the_teacher_with_its_accuracy(shell_run):
     done, run = shell_run
-    assert "resnet8 from resnet14 by kd" in done.stdout
+    assert re.search(r"resnet8 from resnet14 of \S+, top-1 10\.00 by kd", done.stdout)
     assert "stages.2.0.conv2 <- stages.2.0.conv2" in done.stdout
     assert f"top-1 last {run.result['last']:.2f}" in done.stdout
 
