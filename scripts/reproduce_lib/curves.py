@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from common.figures import drawn
+from scripts.reproduce_lib.plot import entitle
 from scripts.reproduce_lib.table import Curve, Table
 
 _FEW = 8  # points on a line that get their names beside them; the names of more would cover each other
@@ -66,7 +67,7 @@ def _draw(table: Table, curve: Curve, panels: dict[str, pd.DataFrame], summary: 
             entries = {name: entry for legend in legends for entry, name in zip(*legend, strict=True)}
             figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize=8)
         what = f"at the end of training, mean ± standard deviation; dotted: {table.cell(table.control).label}"
-        figure.suptitle(f"{table.title}\n{what}", fontsize=9)
+        entitle(figure, table.title, what)
 
 
 def _line(axis, curve: Curve, points: pd.DataFrame) -> None:

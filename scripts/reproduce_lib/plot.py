@@ -1,5 +1,6 @@
 """The last metric of every cell, seed by seed."""
 
+import textwrap
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +21,13 @@ def plot(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path) 
             panel.set_title(task)
         panels[0].set_yticks(range(len(cells)), [cell.label for cell in cells])
         panels[0].set_ylim(len(cells) - 0.4, -0.6)
-        figure.suptitle(f"{table.title}\nat the end of training; dots: seeds, diamonds: mean ± standard deviation")
+        entitle(figure, table.title, "at the end of training; dots: seeds, diamonds: mean ± standard deviation")
+
+
+def entitle(figure, title: str, what: str) -> None:
+    """Write a table's title, in lines that fit the figure, and what is drawn."""
+    characters = int(13 * figure.get_figwidth())  # of 9 points
+    figure.suptitle("\n".join([*textwrap.wrap(title, characters), what]), fontsize=9)
 
 
 def _panel(panel, table: Table, cells: list[Cell], summary: pd.DataFrame, rows: pd.DataFrame) -> None:
