@@ -30,7 +30,7 @@ def defaults() -> CfgNode:
     cfg.DISTILLER = CfgNode()
     cfg.DISTILLER.TYPE = "vanilla"  # method: vanilla trains the student alone, see cv/methods (str)
     cfg.DISTILLER.STUDENT = "resnet20"  # network that is trained, see cv/models (str)
-    cfg.DISTILLER.TEACHER = ""  # network that is distilled; unused by vanilla without DSKD (str)
+    cfg.DISTILLER.TEACHER = ""  # network that is distilled; vanilla needs none without DSKD and START teacher (str)
     cfg.DISTILLER.TEACHER_CKPT = ""  # folder with its model.json and model.safetensors (str, default: found by name)
     cfg.DISTILLER.START = "random"  # the student's weights: random, or teacher: a copy of its paired blocks (str)
 

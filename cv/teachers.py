@@ -52,7 +52,10 @@ def load_teacher(cfg: CfgNode, num_classes: int, in_channels: int) -> tuple[Netw
     """
     name = cfg.DISTILLER.TEACHER
     if not name:
-        raise UserError(f"DISTILLER.TYPE {cfg.DISTILLER.TYPE} (or DSKD) needs DISTILLER.TEACHER, the network to distil")
+        raise UserError(
+            f"DISTILLER.TYPE {cfg.DISTILLER.TYPE} (or DSKD, or START teacher) needs DISTILLER.TEACHER, the network to "
+            "distil"
+        )
     build_model(name, num_classes, in_channels)  # refuses an unknown name before a folder is looked for
     folder = find_teacher(cfg)
     teacher, info = load_model(folder)

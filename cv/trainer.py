@@ -87,6 +87,7 @@ def output_folder(cfg: CfgNode) -> Path:
         name = f"vanilla_{distiller.STUDENT}"
     else:
         name = f"{distiller.TYPE}_{distiller.TEACHER}_{distiller.STUDENT}" + ("_dskd" if cfg.DSKD.ENABLED else "")
+    name += "_from_teacher" if distiller.START == "teacher" else ""
     return ROOT / "outputs" / cfg.DATASET.NAME / name / f"seed{cfg.SOLVER.SEED}"
 
 

@@ -425,6 +425,7 @@ def test_onnx_is_written_of_the_saved_student_on_request(tmp_path, teacher, monk
         ("DSKD.ENABLED true SOLVER.SEED 3", "kd_resnet14_resnet8_dskd/seed3"),
         ("DISTILLER.TYPE vanilla", "vanilla_resnet8/seed1"),
         ("DISTILLER.TYPE vanilla DSKD.ENABLED true", "vanilla_resnet14_resnet8_dskd/seed1"),
+        ("DSKD.ENABLED true DISTILLER.START teacher", "kd_resnet14_resnet8_dskd_from_teacher/seed1"),
     ],
 )
 def test_the_default_folder_names_the_run(overrides, name):
