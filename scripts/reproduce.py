@@ -1,6 +1,6 @@
 """Run a table of experiments and render it; finished runs are never repeated. `--help` explains every flag.
 
-python scripts/reproduce.py glue_rte --set data=FOLDER --set model=ENCODER --jobs 2
+python scripts/reproduce.py glue_short --set data=FOLDER --set model=ENCODER --jobs 2
 """
 
 import argparse
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of this script."""
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", help="name of a file in configs/tables, or a YAML file of your own in the same form")
-    parser.add_argument("--seeds", type=_positive, metavar="N", help="run seeds 1 to N (default: as the table says)")
+    parser.add_argument("--seeds", type=_positive, metavar="N", help="seeds per cell, from 1 or the table's first_seed on (default: as the table says)")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all of the table)")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="only these cells and what they need (default: all)")
     parser.add_argument(
@@ -86,8 +86,8 @@ def main() -> None:
 
     def save_rows() -> pd.DataFrame:
         """All finished runs, those of tasks, cells and seeds that were not asked for today as well."""
-        most = max(seeds, highest_seed(output), *kept["seed"].tolist())
-        everything = plan(table, values, most, output, smoke=args.smoke)
+        last = max(table.first_seed + seeds - 1, highest_seed(output), *kept["seed"].tolist())
+        everything = plan(table, values, last - table.first_seed + 1, output, smoke=args.smoke)
         rows = collect(everything, {**table.placeholders, **values}, kept)
         if len(rows):
             write_rows(rows, results / "runs.csv")

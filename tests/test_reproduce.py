@@ -432,13 +432,13 @@ def test_a_mistake_in_a_table_file_names_the_key_and_what_is_near(write_table, w
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["glue_ret", "--dry-run"], "unknown table 'glue_ret'; did you mean 'glue_rte'?"),
-        (["glue_rte", "--set", "modle=x"], "--set modle: glue_rte.yaml has no such placeholder; did you mean 'model'?"),
-        (["glue_rte", "--set", "model"], "'model' is not KEY=VALUE"),
-        (["glue_rte", "--cells", "theseos"], "--cells: glue_rte.yaml has no 'theseos'; did you mean 'theseus'?"),
-        (["glue_rte", "--seeds", "0"], "'0' is not a whole number above 0"),
-        (["glue_rte", "--slurm", "partition=gpu"], "--slurm needs --launcher slurm"),
-        (["glue_rte", "--launcher", "slurm", "--output", "{tmp}"], "--launcher slurm: "),
+        (["glue_shrot", "--dry-run"], "unknown table 'glue_shrot'; did you mean 'glue_short'?"),
+        (["glue_short", "--set", "modle=x"], "--set modle: glue_short.yaml has no such placeholder; did you mean 'model'?"),
+        (["glue_short", "--set", "model"], "'model' is not KEY=VALUE"),
+        (["glue_short", "--cells", "theseos"], "--cells: glue_short.yaml has no 'theseos'; did you mean 'theseus'?"),
+        (["glue_short", "--seeds", "0"], "'0' is not a whole number above 0"),
+        (["glue_short", "--slurm", "partition=gpu"], "--slurm needs --launcher slurm"),
+        (["glue_short", "--launcher", "slurm", "--output", "{tmp}"], "--launcher slurm: "),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(flags, message, monkeypatch, capsys, tmp_path):

@@ -94,7 +94,7 @@ def plan(table: Table, values: Mapping[str, str], seeds: int, output: Path, *, s
     Args:
         table: the table.
         values: placeholder -> value, on top of the table's defaults.
-        seeds: every cell runs with the seeds 1 to `seeds`, a shared one with seed 1 alone.
+        seeds: every cell runs with so many seeds from the table's first one on, a shared one with the first alone.
         output: the folder of all run folders.
         smoke: with the overrides that make every run short.
 
@@ -109,12 +109,12 @@ def plan(table: Table, values: Mapping[str, str], seeds: int, output: Path, *, s
     script = find_script(table)
     values = {**table.placeholders, **values}
     runs: list[Run] = []
-    for seed in range(1, seeds + 1):
+    for seed in range(table.first_seed, table.first_seed + seeds):
         for task in table.tasks:
             done: dict[str, Run] = {}
             for cell in table.cells:
-                first = 1 if cell.shared else seed
-                done[cell.name] = _run(table, script, task, cell, first, values, done, output, smoke)
+                own = table.first_seed if cell.shared else seed
+                done[cell.name] = _run(table, script, task, cell, own, values, done, output, smoke)
             runs += [run for run in done.values() if run not in runs]
     return runs
 

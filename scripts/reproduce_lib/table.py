@@ -1,4 +1,4 @@
-"""A table file: which cells there are, and the arguments of each. `configs/tables/glue_rte.yaml` explains the keys."""
+"""A table file: which cells there are, and the arguments of each. `configs/tables/glue_short.yaml` explains the keys."""
 
 import difflib
 import re
@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs" / "tables"
 RESERVED = ("task", "cell", "seed", "output")  # placeholders that every run fills in by itself
 
-_TABLE_KEYS = ("table", "title", "description", "script", "control", "seeds", "scale", "placeholders", "base", "tasks")
-_TABLE_KEYS += ("cells", "curves", "smoke")
+_TABLE_KEYS = ("table", "title", "description", "script", "control", "first_seed", "seeds", "scale", "placeholders")
+_TABLE_KEYS += ("base", "tasks", "cells", "curves", "smoke")
 _TASK_KEYS = ("args", "values")
 _CELL_KEYS = ("label", "needs", "versus", "shared", "args", "published", "smoke")
 _PUBLISHED_KEYS = ("value", "source")
@@ -35,7 +35,7 @@ class Cell:
         label: how the rendered tables call it.
         needs: names of the cells (of the same task and seed) that must be finished first.
         versus: name of the cell that this one is compared with; "" where that is the table's control.
-        shared: run once, with seed 1, for the other cells of all seeds.
+        shared: run once, with the first seed, for the other cells of all seeds.
         args: arguments on top of the table's and the task's.
         smoke: arguments on top of the table's smoke overrides.
         published: task name ("" in a table without tasks) -> figure published elsewhere, in the table's display units.
@@ -91,6 +91,7 @@ class Table:
     description: str
     script: str
     control: str
+    first_seed: int
     seeds: int
     scale: float
     placeholders: Mapping[str, str]
@@ -163,6 +164,7 @@ def load_table(path: Path) -> Table:
         description=content.get("description", ""),
         script=_text(content, "script", where),
         control=control,
+        first_seed=int(_number(content.get("first_seed", "1"), f"{where}: first_seed", whole=True)),
         seeds=int(_number(content.get("seeds", "5"), f"{where}: seeds", whole=True)),
         scale=_number(content.get("scale", "1"), f"{where}: scale"),
         placeholders=placeholders,
