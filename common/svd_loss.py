@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 BASES = ("own", "update")
-DIRECTIONS = ("sensitive", "plain", "random", "released")
+DIRECTIONS = ("sensitive", "plain", "random", "shuffled", "released")
 SCORES = ("sensitivity", "tempered", "magnitude", "random")
 SPANS = ("step", "interval")
 # settings that a saved state must agree with
@@ -100,8 +100,10 @@ class DirectionSensitivityLoss:
             units of the largest one's; 0 = exact.
         driver: "gram", "svd" or "randomized", see `right_singular`.
         direction: "sensitive" is DSKD. The control arms replace every matrix's gradient by another one of equal norm:
-            "plain" by W_s - W_t, "random" by a random direction drawn at every expansion. "released" replaces it by
-            that of the authors' release (common/released.py), with its own norm and for the basis "own" only.
+            "plain" by W_s - W_t, "random" by a random direction drawn at every expansion. "shuffled" is DSKD towards
+            teacher's matrices whose rows and columns are shuffled, which keeps their singular values and nothing else.
+            "released" replaces the gradient by that of the authors' release (common/released.py), with its own norm
+            and for the basis "own" only.
         alpha: the blend of gradient (0) and curvature (1), if it is to stay the same; `None` = the progress.
         score: what directions are ranked and weighted by: "sensitivity", J; "tempered", J with sqrt(c_i) in place of
             c_i; "magnitude", their singular value; "random", J dealt out to the directions at random, which keeps the
@@ -437,8 +439,8 @@ class DirectionSensitivityLoss:
                     (gradients[places],) = torch.autograd.grad(aligned.sum(), student_mn)
             losses[places] = aligned.detach()
         losses, gradients = exchange(losses), exchange(gradients)
-        as_they_are = self.direction in ("sensitive", "released")
-        return losses, gradients if as_they_are else self._redirected(group, rows, gradients)
+        redirected = self.direction in ("plain", "random")
+        return losses, self._redirected(group, rows, gradients) if redirected else gradients
 
     def _released(self, group: Group, student_mn: Tensor, rows: list[int]) -> Tensor:
         """The release's gradients (rows, m, n) of some pairs of a group; it does not turn wide matrices."""
@@ -467,6 +469,9 @@ class DirectionSensitivityLoss:
     def _align(self, group: Group, student_mn: Tensor, rows: list[int]) -> Tensor:
         """Exact losses (rows,) of some pairs of a group."""
         teacher_mn = group.stack(group.teachers, rows)
+        if self.direction == "shuffled":
+            names = [group.names[i] for i in rows]
+            teacher_mn = torch.stack([self._shuffled(*each) for each in zip(names, teacher_mn, strict=True)])
         weights = self._weights(group)[rows]
         if self.basis == "update":
             if group.left is None:
@@ -478,6 +483,14 @@ class DirectionSensitivityLoss:
         count = selected_count(self.rank, group.r)
         teacher_V_nn = self._teacher_V(group, teacher_mn, rows)
         return own_alignment(student_mn, teacher_mn, teacher_V_nn, weights, count, self.driver, self.smoothing)
+
+    def _shuffled(self, name: str, teacher_mn: Tensor) -> Tensor:
+        """A pair's teacher with its rows and columns in a random order, the same at every call."""
+        generator = torch.Generator().manual_seed(hash((self._seed, self._names.index(name))) % 2**63)
+        for dim, size in enumerate(teacher_mn.shape):
+            order = torch.randperm(size, generator=generator)
+            teacher_mn = teacher_mn.index_select(dim, order.to(teacher_mn.device))
+        return teacher_mn
 
     def _teacher_V(self, group: Group, teacher_mn: Tensor, rows: list[int]) -> Tensor:
         """Right singular vectors (rows, n, n); the teacher is frozen: decomposed once."""

@@ -57,7 +57,7 @@ def defaults() -> CfgNode:
     cfg.DSKD.SMOOTHING = 0.0  # of it between close singular values, docs/method.md (float, 0: exact)
     cfg.DSKD.BASIS = "own"  # own: each network's singular triplets; update: the directions of the update (str)
     cfg.DSKD.DRIVER = "gram"  # decomposition: gram (eigenvectors of W^T W), svd, or randomized for the updates (str)
-    cfg.DSKD.DIRECTION = "sensitive"  # sensitive is DSKD; plain (W_s - W_t), random, released: controls (str)
+    cfg.DSKD.DIRECTION = "sensitive"  # sensitive is DSKD; plain (W_s - W_t), random, shuffled, released: controls (str)
     cfg.DSKD.ALPHA = -1.0  # blend of gradient (0) and curvature (1) in the score (float, -1: the progress t/T)
     cfg.DSKD.SCORE = "sensitivity"  # sensitivity, tempered, magnitude or random, see docs/method.md (str)
     cfg.DSKD.SPAN = "step"  # the update that is decomposed: of one step, or of the interval since the last choice (str)
@@ -220,9 +220,9 @@ def _validate(cfg: CfgNode, where: str) -> None:
         ("DSKD.DRIVER", dskd.DRIVER in ("gram", "svd", "randomized"), "gram, svd or randomized"),
         (
             "DSKD.DIRECTION",
-            dskd.DIRECTION in ("sensitive", "plain", "random")
+            dskd.DIRECTION in ("sensitive", "plain", "random", "shuffled")
             or (dskd.DIRECTION == "released" and dskd.BASIS == "own"),
-            "sensitive, plain, random or, with BASIS own, released",
+            "sensitive, plain, random, shuffled or, with BASIS own, released",
         ),
         (
             "DSKD.ALPHA",

@@ -186,6 +186,7 @@ def test_the_task_loss_follows_from_dskd_alone(tmp_path, teacher, joined):
         ("DSKD.BASIS update", 0),
         ("DSKD.DIRECTION plain", 4),  # while all directions weigh alike, DSKD's gradient is along W_s - W_t, too
         ("DSKD.DIRECTION random", 1),
+        ("DSKD.DIRECTION shuffled", 0),
         ("DSKD.DIRECTION released", 1),
         ("DSKD.ALPHA 1", 3),
         ("DSKD.SCORE tempered", 3),
@@ -309,7 +310,9 @@ def test_the_random_arm_draws_a_direction_of_its_own_for_every_matrix_and_step()
 
 def test_an_unknown_direction_is_refused():
     pair = ("w", nn.Parameter(torch.ones(2, 2)), torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="direction must be one of sensitive, plain, random, released, got 'up'"):
+    with pytest.raises(
+        ValueError, match="direction must be one of sensitive, plain, random, shuffled, released, got 'up'"
+    ):
         DirectionSensitivityLoss([pair], direction="up")
 
 

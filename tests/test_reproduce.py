@@ -284,6 +284,18 @@ def test_the_same_rows_give_the_same_files(run):
     assert {path.name: path.read_bytes() for path in run.results.iterdir()} == before
 
 
+def test_a_table_has_seeds_of_its_own(run):
+    shared = "  zeroth: {label: Zeroth, shared: true, args: {last: 5}}\nsmoke:"
+    table = TABLE.replace("script:", "first_seed: 101\nseeds: 2\nscript:").replace("smoke:", shared)
+    run("--cells", "zeroth", table=table)
+    run(table=table)
+    rows = pd.read_csv(run.results / "runs.csv")
+    seeds = {cell: sorted(mine["seed"]) for cell, mine in rows.groupby("cell")}
+    assert seeds == {"zeroth": [101], "first": [101, 102], "second": [101, 102]}
+    run("--seeds", 1, "--cells", "first", table=table)  # a look at a part keeps the rest
+    assert len(pd.read_csv(run.results / "runs.csv")) == len(rows)
+
+
 def test_a_row_is_compared_with_the_cell_that_it_names(run):
     run("--seeds", 3, table=VERSUS)
     cells = pd.read_csv(run.results / "table.csv").set_index("cell")
@@ -433,7 +445,10 @@ def test_a_mistake_in_a_table_file_names_the_key_and_what_is_near(write_table, w
     ("flags", "message"),
     [
         (["glue_shrot", "--dry-run"], "unknown table 'glue_shrot'; did you mean 'glue_short'?"),
-        (["glue_short", "--set", "modle=x"], "--set modle: glue_short.yaml has no such placeholder; did you mean 'model'?"),
+        (
+            ["glue_short", "--set", "modle=x"],
+            "--set modle: glue_short.yaml has no such placeholder; did you mean 'model'?",
+        ),
         (["glue_short", "--set", "model"], "'model' is not KEY=VALUE"),
         (["glue_short", "--cells", "theseos"], "--cells: glue_short.yaml has no 'theseos'; did you mean 'theseus'?"),
         (["glue_short", "--seeds", "0"], "'0' is not a whole number above 0"),

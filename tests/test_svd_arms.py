@@ -288,6 +288,47 @@ def test_the_released_gradient_is_zero_where_it_is_not_finite(student):
     assert (gradient == 0).any()
 
 
+# The shuffled teacher
+def seen_teachers(seed: int) -> dict[str, Tensor]:
+    """The matrices that the arm pulls to. While all directions weigh alike the loss is mean ||W_s - W||^2 / r, and its
+    gradient at W_s = 0 is -2 W / r / pairs."""
+    run = Run(direction="shuffled", rank=0, seed=seed)
+    with torch.no_grad():
+        for W in run.students.values():
+            W.zero_()
+    gradients = torch.autograd.grad(run.dskd(), list(run.students.values()))
+    ranks = {name: min(flat(W).shape) for name, W in run.students.items()}
+    return {name: D * ranks[name] * len(SHAPES) / -2 for (name, D) in zip(run.students, gradients, strict=True)}
+
+
+def test_the_shuffled_teacher_is_the_teacher_with_rows_and_columns_in_another_order():
+    for name, seen in seen_teachers(1).items():
+        seen, teacher = flat(seen), flat(Run().teachers[name])
+        assert not np.allclose(seen, teacher)
+        rows = [int(np.isclose(np.sort(teacher), np.sort(row)).all(1).nonzero()[0].item()) for row in seen]
+        columns = [int(np.isclose(np.sort(teacher.T), np.sort(column)).all(1).nonzero()[0].item()) for column in seen.T]
+        np.testing.assert_allclose(seen, teacher[np.ix_(rows, columns)], rtol=1e-6)
+
+
+def test_the_order_follows_the_seed_of_the_run():
+    first, again, other = seen_teachers(1), seen_teachers(1), seen_teachers(2)
+    for name, seen in first.items():
+        assert_close(seen, again[name])
+        assert not torch.allclose(seen, other[name])
+
+
+@every_basis
+def test_the_arm_is_dskd_towards_the_shuffled_teacher(basis):
+    run, same = Run(direction="shuffled", basis=basis), Run(basis=basis)
+    for name, seen in seen_teachers(1).items():
+        same.teachers[name].copy_(seen)
+    for arm in (run, same):
+        arm.train(2)
+    assert run.dskd().item() == pytest.approx(same.dskd().item(), rel=1e-6)
+    gradients = (torch.autograd.grad(arm.dskd(), list(arm.students.values())) for arm in (run, same))
+    assert_close(*gradients, rtol=1e-5, atol=1e-8)
+
+
 # Refusals
 @pytest.mark.parametrize(
     ("settings", "message"),

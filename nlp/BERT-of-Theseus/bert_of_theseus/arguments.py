@@ -139,10 +139,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     dskd.add_argument(
         "--direction",
-        choices=("sensitive", "plain", "random", "released"),
+        choices=("sensitive", "plain", "random", "shuffled", "released"),
         default="sensitive",
         help="sensitive is DSKD; plain (W_s - W_t) and random are control arms with a gradient of the same norm; "
-        "released is the truncated gradient of the authors' release",
+        "shuffled is DSKD towards the teacher's matrices with rows and columns shuffled; released is the truncated "
+        "gradient of the authors' release",
     )
     dskd.add_argument(
         "--alpha",
