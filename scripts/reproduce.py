@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--seeds",
         type=_positive,
         metavar="N",
-        help="seeds per cell, from 1 or the table's first_seed on (default: as the table says)",
+        help="seeds per cell (default: as the table says)",
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all of the table)")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="only these cells and what they need (default: all)")

@@ -1,4 +1,4 @@
-"""A table file: which cells there are, and the arguments of each. `configs/tables/glue_short.yaml` explains the keys."""
+"""A table file: its cells and the arguments of each. `configs/tables/glue_short.yaml` explains the keys."""
 
 import difflib
 import re
