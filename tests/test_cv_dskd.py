@@ -310,9 +310,7 @@ def test_the_random_arm_draws_a_direction_of_its_own_for_every_matrix_and_step()
 
 def test_an_unknown_direction_is_refused():
     pair = ("w", nn.Parameter(torch.ones(2, 2)), torch.zeros(2, 2))
-    with pytest.raises(
-        ValueError, match="direction must be one of sensitive, .*, released, got 'up'"
-    ):
+    with pytest.raises(ValueError, match=r"direction must be one of sensitive, .*, released, got 'up'"):
         DirectionSensitivityLoss([pair], direction="up")
 
 
