@@ -47,5 +47,9 @@ def check_pairs(pairs: Pairs) -> None:
     for name, student, teacher in pairs:
         if names.count(name) > 1:
             raise ValueError(f"the pair name {name!r} occurs {names.count(name)} times")
-        if student.shape != teacher.shape or student.ndim < 2:
+        if student.shape != teacher.shape:
             raise ValueError(f"pair {name}: student {shape_of(student)} and teacher {shape_of(teacher)} must match")
+        if student.ndim < 2:
+            raise ValueError(
+                f"pair {name}: {shape_of(student)} is no matrix; weights of 2 and more dimensions can pair"
+            )

@@ -12,12 +12,13 @@ _POWER_ITERATIONS = 2
 
 
 def without_autocast(function):
-    """Mixed precision must not reach the method's products of matrices."""
+    """Mixed precision must not reach the method's products of matrices. The first argument is one of them."""
 
     @wraps(function)
-    def wrapped(first, *args, **kwargs):
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *args, **kwargs)
+    def wrapped(*args, **kwargs):
+        device = next(iter((*args, *kwargs.values()))).device
+        with torch.autocast(device.type, enabled=False):
+            return function(*args, **kwargs)
 
     return wrapped
 

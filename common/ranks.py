@@ -18,6 +18,13 @@ def share(items: Sequence[int]) -> list[int]:
     return list(items[rank::world])
 
 
+def agreed(number: int, device: torch.device) -> int:
+    """Rank 0's number, on all ranks; below 2^62."""
+    rank, world = _world()
+    number %= 2**62
+    return number if world == 1 else int(exchange(torch.tensor(number if rank == 0 else 0, device=device)))
+
+
 def rounds(items: Sequence[int], size: int) -> Iterator[list[int]]:
     """The items in parts, so large that each rank's share of a part is `size` items at most."""
     part = size * _world()[1]

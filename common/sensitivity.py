@@ -25,7 +25,8 @@ def direction_sensitivity(update: Tensor, grad: Tensor, alpha: float, driver: st
         grad: (..., m, n), the gradient at that step.
         alpha: training progress in [0, 1]: gradient rules at 0, curvature at 1.
         driver: the decomposition, see `right_singular`.
-        rank: how many directions are to be selected, for the driver "randomized"; those beyond it score 0 there.
+        rank: how many directions are to be selected, for the driver "randomized", which scores 32 more and gives 0 to
+            those that it does not look for.
 
     Returns:
         (..., r) scores in the order of falling singular values of `update`; they sum to 1. A term whose sum is zero

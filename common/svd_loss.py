@@ -34,7 +34,7 @@ from common.matrices import (
     unit_scale,
     working,
 )
-from common.ranks import exchange, share
+from common.ranks import agreed, exchange, share
 from common.released import released_gradient
 from common.sensitivity import direction_sensitivity, score_directions, select_directions, selected_count
 
@@ -52,7 +52,7 @@ SCORES = ("sensitivity", "tempered", "magnitude", "random")
 SPANS = ("step", "interval")
 # settings that a saved state must agree with
 _SETTINGS = ("rank", "basis", "direction", "alpha", "score", "span", "smoothing")
-_COUNTERS = ("steps", "choices", "expansions", "_held_since", "_postponed", "_copy_gradients")
+_COUNTERS = ("steps", "choices", "expansions", "_held_since", "_postponed", "_copy_gradients", "_seed")
 _CHOSEN = ("weights", "left", "right", "spectrum")  # of a group, renewed by a choice of directions
 _SAMPLE = 8  # every 8th element of a weight is looked at to see how far it has moved
 
@@ -95,7 +95,8 @@ class DirectionSensitivityLoss:
         grad_steps: optimizer steps for which an exact gradient is held (1 without drift = recomputed in every step);
             `None` = `svd_steps`.
         drift: after every `grad_steps` steps the gradient is held on if no student matrix has moved by more than this
-            share of its norm, ||W - W0|| / ||W0||, since the gradient was computed (0 = never held on).
+            share of its norm, ||W - W0|| / ||W0||, since the gradient was computed (0 = never held on). A choice of
+            directions ends it in any case, so that drift is of use with `grad_steps` below `svd_steps` only.
         smoothing: of the gradient of "own" between close singular values (common/alignment.py), whose squares are in
             units of the largest one's; 0 = exact.
         driver: "gram", "svd" or "randomized", see `right_singular`.
@@ -113,8 +114,8 @@ class DirectionSensitivityLoss:
             student's matched weights.
 
     Raises:
-        ValueError: no pairs, a repeated name, shapes of a pair that differ, a setting out of range, or settings of
-            which one would have no effect.
+        ValueError: no pairs, a repeated name, shapes of a pair that differ, a setting out of range, or settings that
+            cannot be combined.
     """
 
     def __init__(
@@ -277,8 +278,8 @@ class DirectionSensitivityLoss:
         for group, saved in zip(self._groups, state["groups"], strict=True):
             for key, value in saved.items():
                 setattr(group, key, _like(value, group.students[0]))
-        for key in _COUNTERS:
-            setattr(self, key, state["counters"][key])
+        for key, value in state["counters"].items():
+            setattr(self, key, value)
         self._origin, self._starts = (
             [_like(tensor, W) for tensor, W in zip(state[key], self._students, strict=False)]
             for key in ("origin", "starts")
@@ -321,6 +322,7 @@ class DirectionSensitivityLoss:
     @torch.no_grad()
     def _choose_directions(self, before: list, grads: list, alpha: float, skip: set[str]) -> bool:
         """Score and select anew; False, with nothing changed, if a gradient or an update is not finite."""
+        self._agree_on_seed()
         updates = [start.neg_().add_(after.detach()) for after, start in zip(self._students, before, strict=True)]
         present = [tensor for tensor in (*updates, *grads) if tensor is not None]
         largest = torch.stack([torch.linalg.vector_norm(tensor, torch.inf).double() for tensor in present]).tolist()
@@ -378,6 +380,11 @@ class DirectionSensitivityLoss:
                     kept[rows] = exchange(new)
         group.weights, group.left, group.right, group.spectrum = chosen
 
+    def _agree_on_seed(self) -> None:
+        """At the first use: between the making of the loss and that a model may change its device."""
+        if not (self.expansions or self.choices):
+            self._seed = agreed(self._seed, self._students[0].device)
+
     def _dealt_out(self, scores: Tensor, names: list[str], found: int) -> Tensor:
         """Scores (rows, r) in random order among the first `found`, those that the driver finds."""
         order = torch.stack([torch.randperm(found, generator=g) for g in self._generators(names, 1)])
@@ -407,6 +414,7 @@ class DirectionSensitivityLoss:
 
     def _expand(self) -> tuple[Tensor, list[Tensor]]:
         """The exact loss and gradient at the present weights, as the expansion that `_HeldGradient` evaluates."""
+        self._agree_on_seed()
         count = len(self._students)
         total, by_name = 0.0, {}
         with torch.autocast(self._students[0].device.type, enabled=False):

@@ -19,12 +19,13 @@ CASES = {basis: {"basis": basis} for basis in BASES} | {
     "released": {"direction": "released"},
     "shuffled": {"direction": "shuffled"},
     "random": {"score": "random", "span": "interval"},
+    "random gradient": {"direction": "random"},
 }
 
 
 def run(case: str) -> dict[str, Tensor]:
     """Five steps with refreshes after 2 and 4, the latter skipping a pair; all numbers that ranks must share."""
-    torch.manual_seed(0)
+    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # rank 0's counts
     generator = torch.Generator().manual_seed(5)
 
     def draw(shape) -> Tensor:

@@ -288,6 +288,10 @@ def test_the_released_gradient_is_zero_where_it_is_not_finite(student):
     assert (gradient == 0).any()
 
 
+def all_gradients(run: Run) -> list[Tensor]:
+    return list(torch.autograd.grad(run.dskd(), list(run.students.values())))
+
+
 # The shuffled teacher
 def seen_teachers(seed: int) -> dict[str, Tensor]:
     """The matrices that the arm pulls to. While all directions weigh alike the loss is mean ||W_s - W||^2 / r, and its
@@ -296,7 +300,7 @@ def seen_teachers(seed: int) -> dict[str, Tensor]:
     with torch.no_grad():
         for W in run.students.values():
             W.zero_()
-    gradients = torch.autograd.grad(run.dskd(), list(run.students.values()))
+    gradients = all_gradients(run)
     ranks = {name: min(flat(W).shape) for name, W in run.students.items()}
     return {name: D * ranks[name] * len(SHAPES) / -2 for (name, D) in zip(run.students, gradients, strict=True)}
 
@@ -325,11 +329,30 @@ def test_the_arm_is_dskd_towards_the_shuffled_teacher(basis):
     for arm in (run, same):
         arm.train(2)
     assert run.dskd().item() == pytest.approx(same.dskd().item(), rel=1e-6)
-    gradients = (torch.autograd.grad(arm.dskd(), list(arm.students.values())) for arm in (run, same))
-    assert_close(*gradients, rtol=1e-5, atol=1e-8)
+    assert_close(all_gradients(run), all_gradients(same), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("settings", [{"direction": "random"}, {"score": "random"}, {"direction": "shuffled"}])
+def test_a_resumed_run_repeats_the_draws_whatever_the_seed_of_its_process(settings):
+    run = Run(**settings)
+    run.train(2)
+    resumed = Run(**settings, seed=2)
+    resumed.dskd.load_state_dict(run.dskd.state_dict())
+    resumed.step = run.step
+    with torch.no_grad():
+        for name, W in resumed.students.items():
+            W.copy_(run.students[name])
+    for each in (run, resumed):
+        each.train()
+    assert_close(all_gradients(resumed), all_gradients(run), rtol=0, atol=0)
 
 
 # Refusals
+def test_a_weight_of_one_dimension_is_refused():
+    with pytest.raises(ValueError, match=r"pair bias: \(5,\) is no matrix"):
+        DirectionSensitivityLoss([("bias", nn.Parameter(torch.ones(5)), torch.zeros(5))])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -241,6 +241,22 @@ def test_mixed_precision_does_not_reach_the_functions(driver):
     assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_functions_take_their_arguments_by_name():
+    update, grad, teacher = (random(6, 4, seed=seed) for seed in (1, 2, 3))
+    w, left, right = random_weights(4), random(6, 4, seed=4), random(4, 4, seed=5)
+    by_name = (
+        direction_sensitivity(update=update, grad=grad, alpha=0.5),
+        low_rank_alignment(student=update, teacher=teacher, weights=w),
+        update_alignment(student=update, teacher=teacher, weights=w, left=left, right=right),
+    )
+    by_place = (
+        direction_sensitivity(update, grad, 0.5),
+        low_rank_alignment(update, teacher, w),
+        update_alignment(update, teacher, w, left, right),
+    )
+    assert_close(by_name, by_place)
+
+
 def test_equal_weights_over_all_directions_give_the_plain_squared_difference():
     student, teacher = random(5, 7, seed=1), random(5, 7, seed=2)
     loss = low_rank_alignment(student, teacher, torch.full((5,), 0.2, dtype=torch.float64))
