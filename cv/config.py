@@ -1,5 +1,6 @@
 """Every setting of the vision pipeline, with its default; YAML files and `KEY VALUE` pairs override them."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -199,9 +200,9 @@ def _validate(cfg: CfgNode, where: str) -> None:
     checks = [
         ("DISTILLER.TYPE", cfg.DISTILLER.TYPE in METHODS, f"one of {', '.join(METHODS)}"),
         ("DISTILLER.START", cfg.DISTILLER.START in ("random", "teacher"), "random or teacher"),
-        ("DATASET.IMAGE_SIZE", cfg.DATASET.IMAGE_SIZE >= 0, "0 or a side in pixels"),
+        ("DATASET.IMAGE_SIZE", cfg.DATASET.IMAGE_SIZE == 0 or cfg.DATASET.IMAGE_SIZE > 1, "0 or 2 pixels or more"),
         ("DATASET.SUBSET", cfg.DATASET.SUBSET >= 0, "0 or a number of images"),
-        ("SOLVER.BATCH_SIZE", solver.BATCH_SIZE >= 1, "at least 1"),
+        ("SOLVER.BATCH_SIZE", solver.BATCH_SIZE >= 2, "at least 2: batch norm cannot train on a single image"),
         ("SOLVER.EPOCHS", solver.EPOCHS >= 1, "at least 1"),
         ("SOLVER.LR", solver.LR > 0, "above 0"),
         ("SOLVER.LR_DECAY_STAGES", all(type(e) is int and e > 0 for e in solver.LR_DECAY_STAGES), "whole epochs"),
@@ -215,8 +216,8 @@ def _validate(cfg: CfgNode, where: str) -> None:
         ("DSKD.SVD_STEPS", dskd.SVD_STEPS >= 1, "at least 1"),
         ("DSKD.GRAD_STEPS", dskd.GRAD_STEPS >= 1, "at least 1"),
         ("DSKD.BASIS", dskd.BASIS in ("own", "update"), "own or update"),
-        ("DSKD.DRIFT", dskd.DRIFT >= 0, "at least 0"),
-        ("DSKD.SMOOTHING", dskd.SMOOTHING >= 0, "at least 0"),
+        ("DSKD.DRIFT", 0 <= dskd.DRIFT < math.inf, "0 or a positive number"),
+        ("DSKD.SMOOTHING", 0 <= dskd.SMOOTHING < math.inf, "0 or a positive number"),
         ("DSKD.DRIVER", dskd.DRIVER in ("gram", "svd", "randomized"), "gram, svd or randomized"),
         (
             "DSKD.DIRECTION",

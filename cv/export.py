@@ -24,8 +24,8 @@ def save_model(model: Network, name: str, folder: str | Path, **metadata: Any) -
     """Write `folder`/model.safetensors and `folder`/model.json; each file is complete or not there.
 
     name: the network's name in `cv.models.MODELS`. metadata: what else belongs into the JSON, as plain values, arrays
-    or tensors; the customary keys are image_size (pixels), mean and std (per channel, of images in [0, 1]), class_names
-    and accuracy (percent). num_classes and in_channels are read from the model.
+    or tensors; the customary keys are image_size (pixels; [height, width] if they differ), mean and std (per channel,
+    of images in [0, 1]), class_names and accuracy (percent). num_classes and in_channels are read from the model.
     Raises ValueError if the model is not the network `name`, or if metadata contradicts it.
     """
     state = model.state_dict()
@@ -80,11 +80,11 @@ def load_model(path: str | Path) -> tuple[Network, dict[str, Any]]:
     return model.eval(), info
 
 
-def export_onnx(model: nn.Module, folder: str | Path, image_size: int, in_channels: int) -> float:
+def export_onnx(model: nn.Module, folder: str | Path, image_shape: tuple[int, int, int]) -> float:
     """Write `folder`/model.onnx and return how far its logits are from torch's (largest absolute difference).
 
-    Input "images": (batch, in_channels, image_size, image_size), float32, normalised as in training; output "logits":
-    (batch, num_classes); any batch size. The model is exported in eval mode on the CPU and left as it was.
+    Input "images": (batch, *image_shape), float32, normalised as in training, image_shape being (channels, height,
+    width); output "logits": (batch, num_classes); any batch size. The model is exported in eval mode on the CPU and left as it was.
     Raises UserError if a package is missing, RuntimeError (and writes nothing) if ONNX Runtime differs by 1e-4 or more.
     """
     if missing := [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]:
@@ -92,7 +92,7 @@ def export_onnx(model: nn.Module, folder: str | Path, image_size: int, in_channe
         raise UserError(f"exporting to ONNX needs {', '.join(missing)}, which cannot be imported; {install}")
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(5, in_channels, image_size, image_size, generator=generator)
+    images = torch.randn(5, *image_shape, generator=generator)
     difference = 0.0
 
     def write(path: Path) -> None:

@@ -1,7 +1,9 @@
 """Trained teachers: found by an explicit folder, or by name among the user's own and the shipped."""
 
+import hashlib
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 from yacs.config import CfgNode
 
@@ -9,6 +11,14 @@ from common.errors import UserError
 from cv.config import ROOT, repository_path
 from cv.export import load_model
 from cv.models import Network, build_model
+
+
+class Teacher(NamedTuple):
+    """A trained teacher in eval mode, the SHA-256 of its weights' file, and a line with its folder and accuracy."""
+
+    network: Network
+    sha256: str
+    line: str
 
 
 def find_teacher(cfg: CfgNode) -> Path:
@@ -44,8 +54,13 @@ def _command(cfg: CfgNode) -> str:
     return shlex.join(words)
 
 
-def load_teacher(cfg: CfgNode, num_classes: int, in_channels: int) -> tuple[Network, str]:
-    """The trained teacher in eval mode, and a line that says which it is: its folder and accuracy.
+def weights_hash(folder: Path) -> str:
+    """SHA-256 of the weights of a saved network."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def load_teacher(cfg: CfgNode, num_classes: int, in_channels: int) -> Teacher:
+    """The trained teacher of a run.
 
     Raises:
         UserError: no name, no checkpoint, another architecture or number of classes than asked for.
@@ -63,4 +78,4 @@ def load_teacher(cfg: CfgNode, num_classes: int, in_channels: int) -> tuple[Netw
         if info[key] != expected:
             raise UserError(f"{folder}: the checkpoint's {key} is {info[key]!r}, this run needs {expected!r}")
     accuracy = f", top-1 {info['accuracy']:.2f}" if info.get("accuracy") is not None else ""
-    return teacher, f"{name} of {folder}{accuracy}"
+    return Teacher(teacher, weights_hash(folder), f"{name} of {folder}{accuracy}")

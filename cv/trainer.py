@@ -68,13 +68,13 @@ def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dic
         subset=cfg.DATASET.SUBSET or None,
     )
     set_seed(solver.SEED)
-    distiller, dskd = _build(cfg, data, accelerator)
+    distiller, dskd, teacher_sha256 = _build(cfg, data, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not resume:
         for name in _WRITTEN:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    run = _Run(cfg, folder, accelerator, data, distiller, dskd)
+    run = _Run(cfg, folder, accelerator, data, distiller, dskd, teacher_sha256)
     return run.train(resume)
 
 
@@ -134,9 +134,10 @@ class _Run:
         data: DataSets,
         distiller: Distiller,
         dskd: DirectionSensitivityLoss | None,
+        teacher_sha256: str | None,
     ):
         self.cfg, self.folder, self.accelerator, self.data = cfg, folder, accelerator, data
-        self.distiller, self.dskd = distiller, dskd
+        self.distiller, self.dskd, self.teacher_sha256 = distiller, dskd, teacher_sha256
         solver = cfg.SOLVER
         common = {
             "mean": data.mean,
@@ -175,6 +176,8 @@ class _Run:
         if resume:
             self._load()
         cfg, progress, main = self.cfg, self.progress, self.accelerator.is_main_process
+        if main and progress.epoch < cfg.SOLVER.EPOCHS:
+            (self.folder / "result.json").unlink(missing_ok=True)  # of the run that is resumed: no longer its result
         resume_step = progress.step if resume else None
         self.record = RunRecord(self.folder, as_dict(cfg), resume_step) if main else None
         self.directions = None
@@ -208,6 +211,10 @@ class _Run:
         self.distiller.epoch.fill_(epoch)
         start, first_step = time.perf_counter(), progress.step
         for images, labels, indices in self.loader.epoch(epoch):
+            logged = (progress.step + 1) % self.cfg.LOG.INTERVAL == 0
+            logged = logged or progress.step + 1 == first_step + len(self.loader)
+            # before the step, which may choose new directions: the loss of this step is along these
+            concentration = self._concentration() if logged else {}
             try:
                 losses, correct = self._step(images, labels, indices)
             except torch.linalg.LinAlgError as error:  # DSKD decomposes weights that are no longer finite
@@ -216,7 +223,7 @@ class _Run:
             if self.directions is not None:
                 self.directions.follow(progress.step)
             bar.update()
-            if progress.step % self.cfg.LOG.INTERVAL == 0 or progress.step == first_step + len(self.loader):
+            if logged:
                 values = {name: value.item() for name, value in losses.items()}
                 if not all(abs(value) < float("inf") for value in values.values()):
                     raise UserError(f"the run diverged in step {progress.step}: {values}; lower SOLVER.LR")
@@ -224,11 +231,14 @@ class _Run:
                 images_done = min((progress.step - first_step) * solver.BATCH_SIZE, len(self.data.train))
                 values |= {"train_top1": 100 * correct.item() / len(labels), "learning_rate": rate}
                 values |= {"images_per_second": images_done / seconds}
-                if self.dskd is not None:
-                    effective = self.dskd.effective_directions().values()
-                    values["effective_directions"] = sum(effective) / len(effective)
-                self._log(**values)
+                self._log(**values, **concentration)
         progress.seconds += time.perf_counter() - start
+
+    def _concentration(self) -> dict[str, float]:
+        if self.dskd is None:
+            return {}
+        effective = self.dskd.effective_directions().values()
+        return {"effective_directions": sum(effective) / len(effective)}
 
     def _step(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step; (losses by name, number of correct predictions), left on the device."""
@@ -252,11 +262,12 @@ class _Run:
             self.accelerator.log(values, step=self.progress.step)
 
     def _export(self, name: str, scores: dict[str, float]) -> None:
+        height, width = self.data.test.images.shape[-2:]
         save_model(
             self.distiller.student,
             self.cfg.DISTILLER.STUDENT,
             self.folder / name,
-            image_size=self.data.test.images.shape[-1],
+            image_size=height if height == width else [height, width],
             mean=list(self.data.mean),
             std=list(self.data.std),
             class_names=self.data.classes,
@@ -277,6 +288,7 @@ class _Run:
             "dskd": None if self.dskd is None else self.dskd.state_dict(),
             "progress": vars(self.progress),
             "config": as_dict(self.cfg),
+            "teacher_sha256": self.teacher_sha256,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
@@ -291,6 +303,11 @@ class _Run:
                     f"--resume: {self.folder / CHECKPOINT} was written with {key} = {before.get(key)!r}, "
                     f"and {value!r} is asked for now"
                 )
+        if state.get("teacher_sha256", self.teacher_sha256) != self.teacher_sha256:
+            raise UserError(
+                f"--resume: {self.folder / CHECKPOINT} was written with another {self.cfg.DISTILLER.TEACHER} "
+                "as teacher; give its folder as DISTILLER.TEACHER_CKPT"
+            )
         self.distiller.load_state_dict(state["weights"], strict=False)  # all but the teacher
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
@@ -312,13 +329,14 @@ class _Run:
         last, best = progress.history[-1], progress.history[progress.best_epoch - 1]
         self._export("student", last)
         if cfg.LOG.ONNX:
-            student, info = load_model(self.folder / "student")  # as saved: not compiled
-            export_onnx(student, self.folder / "student", info["image_size"], info["in_channels"])
+            student, _ = load_model(self.folder / "student")  # as saved: not compiled
+            export_onnx(student, self.folder / "student", tuple(self.data.test.images.shape[1:]))
         result = self.record.finish(
             task=cfg.DATASET.NAME,
             method=cfg.DISTILLER.TYPE,
             dskd=as_dict(cfg.DSKD) if cfg.DSKD.ENABLED else None,
             teacher=cfg.DISTILLER.TEACHER or None,
+            teacher_sha256=self.teacher_sha256,
             student=cfg.DISTILLER.STUDENT,
             seed=cfg.SOLVER.SEED,
             metric="top1",
@@ -340,23 +358,26 @@ class _Run:
 
 
 def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"OUTPUT_DIR {folder} is a file")
+    if file := next((each for each in (folder, *folder.parents) if each.exists() and not each.is_dir()), None):
+        raise UserError(f"OUTPUT_DIR {folder}" + (" is a file" if file == folder else f": {file} is a file"))
     if resume and not (folder / CHECKPOINT).exists():
         raise UserError(f"--resume: there is no {CHECKPOINT} in {folder}")
     if not (resume or overwrite) and folder.exists() and any((folder / name).exists() for name in _WRITTEN):
         raise UserError(f"OUTPUT_DIR {folder} holds a run; give --resume, --overwrite or another OUTPUT_DIR")
 
 
-def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Distiller, DirectionSensitivityLoss | None]:
-    """The method with its networks on the device, and DSKD; prints what distils what."""
+def _build(
+    cfg: CfgNode, data: DataSets, accelerator: Accelerator
+) -> tuple[Distiller, DirectionSensitivityLoss | None, str | None]:
+    """The method with its networks on the device, DSKD, and the teacher's hash; prints what distils what."""
     classes, channels = data.train.num_classes, data.train.images.shape[1]
     student = build_model(cfg.DISTILLER.STUDENT, classes, channels)
+    _check_images(cfg, student, tuple(data.train.images.shape[1:]))
     method = METHODS[cfg.DISTILLER.TYPE]
-    teacher = source = None
+    teacher, teacher_sha256, source = None, None, None
     copied = cfg.DISTILLER.START == "teacher"
     if method.needs_teacher or cfg.DSKD.ENABLED or copied:
-        teacher, source = load_teacher(cfg, classes, channels)
+        teacher, teacher_sha256, source = load_teacher(cfg, classes, channels)
     if copied:
         copy_from_teacher(student, teacher)
     block = cfg.DISTILLER.TYPE.upper()
@@ -377,7 +398,19 @@ def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Dist
             network.features = torch.compile(network.features)
     if accelerator.is_main_process:
         _announce(cfg, data, distiller, source)
-    return distiller, dskd
+    return distiller, dskd, teacher_sha256
+
+
+@torch.no_grad()
+def _check_images(cfg: CfgNode, student: nn.Module, shape: tuple[int, ...]) -> None:
+    try:
+        student.eval()(torch.zeros(1, *shape))
+    except RuntimeError:
+        size = "x".join(map(str, shape[1:]))
+        raise UserError(
+            f"{cfg.DISTILLER.STUDENT} cannot take images of {size} pixels; set a larger DATASET.IMAGE_SIZE"
+        ) from None
+    student.train()
 
 
 def _announce(cfg: CfgNode, data: DataSets, distiller: Distiller, source: str | None) -> None:

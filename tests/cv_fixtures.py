@@ -19,9 +19,9 @@ SHORT_RUN = """DISTILLER.TYPE kd DISTILLER.STUDENT resnet8 DISTILLER.TEACHER res
     SOLVER.BATCH_SIZE 32 SOLVER.EPOCHS 1 SOLVER.LR_DECAY_STAGES [] LOG.INTERVAL 1 LOG.TRACKERS [] LOG.PROGRESS false"""
 
 
-def save_teacher(folder: Path, name: str = "resnet14", num_classes: int = 10) -> Path:
+def save_teacher(folder: Path, name: str = "resnet14", num_classes: int = 10, seed: int = 7) -> Path:
     """A checkpoint of a network with random weights."""
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     save_model(build_model(name, num_classes), name, folder, accuracy=10.0)
     return folder
 

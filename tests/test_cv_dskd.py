@@ -224,9 +224,9 @@ def test_the_settings_stand_in_the_result(joined):
 
 def test_the_concentration_of_the_directions_is_logged(joined):
     effective = column(joined, "effective_directions")
-    # 16, 16, 32, 32, 64 and 64 rows, all of equal weight until the third step
-    assert effective[:2] == pytest.approx([224 / 6] * 2)
-    assert all(1 <= value < 224 / 6 for value in effective[2:])
+    # 16, 16, 32, 32, 64 and 64 rows, all of equal weight up to the third step, after which directions are chosen
+    assert effective[:3] == pytest.approx([224 / 6] * 3)
+    assert all(1 <= value < 224 / 6 for value in effective[3:])
 
 
 def test_dskd_falls_and_leaves_the_teacher_alone(tmp_path, teacher, monkeypatch):
@@ -241,7 +241,7 @@ def test_dskd_falls_and_leaves_the_teacher_alone(tmp_path, teacher, monkeypatch)
     values = column(run, "dskd_loss")
     assert values[2] < values[1] < values[0]  # one and the same loss up to the first choice of directions
     assert values[5] < values[3]  # and up to the second
-    assert same_tensors(teachers[0][0].state_dict(), load_file(teacher / "model.safetensors"))
+    assert same_tensors(teachers[0].network.state_dict(), load_file(teacher / "model.safetensors"))
 
 
 def test_dskd_joins_plain_training_too(tmp_path, teacher):

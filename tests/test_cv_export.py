@@ -171,13 +171,13 @@ def exported(tmp_path_factory):
     """(model, folder, returned difference) of one export."""
     folder = tmp_path_factory.mktemp("onnx")
     model = trained("shufflenetv1", in_channels=1)
-    return model, folder, export_onnx(model, folder, 16, 1)
+    return model, folder, export_onnx(model, folder, (1, 16, 24))
 
 
 def test_onnx_agrees_with_torch_at_any_batch_size(exported):
     model, folder, difference = exported
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    x = torch.randn(7, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(7, 1, 16, 24, generator=torch.Generator().manual_seed(1))
     (logits,) = session.run(["logits"], {"images": x.numpy()})
     model.eval()
     np.testing.assert_allclose(logits, model(x).detach().numpy(), atol=1e-4, rtol=0)
@@ -202,7 +202,7 @@ def test_onnx_that_disagrees_is_not_kept(tmp_path, monkeypatch):
     with torch.no_grad():
         model.classifier.bias.fill_(3.0)
     with pytest.raises(RuntimeError, match="logits differ from torch's by"):
-        export_onnx(model, tmp_path, 16, 3)
+        export_onnx(model, tmp_path, (3, 16, 16))
     assert list(tmp_path.iterdir()) == []
     assert model.training
 
@@ -211,4 +211,4 @@ def test_onnx_that_disagrees_is_not_kept(tmp_path, monkeypatch):
 def test_missing_package_says_what_to_install(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"needs {package}, .*pip install onnx onnxscript onnxruntime"):
-        export_onnx(trained(), tmp_path, 16, 3)
+        export_onnx(trained(), tmp_path, (3, 16, 16))

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -243,11 +244,11 @@ def interrupt(monkeypatch, *, after_epoch: int | None = None, before_step: int |
     monkeypatch.setattr(cv.trainer._Run, "_step", stop_or_step)
 
 
-def interrupted(folder: Path, teacher: Path, overrides: str, **where) -> None:
+def interrupted(folder: Path, teacher: Path, overrides: str, *, resume: bool = False, **where) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         interrupt(monkeypatch, **where)
         with pytest.raises(Stop):
-            train(short_config(folder, teacher, overrides))
+            train(short_config(folder, teacher, overrides), resume=resume)
 
 
 def without_times(lines: list[dict]) -> list[dict]:
@@ -306,6 +307,22 @@ def test_resuming_with_other_settings_names_the_first_that_differs(tmp_path, tea
     short_run(tmp_path, teacher)
     message = refusal(short_config(tmp_path, teacher, "KD.T 2"), resume=True)
     assert message == (f"--resume: {tmp_path / 'checkpoint.pt'} was written with KD.T = 4.0, and 2.0 is asked for now")
+
+
+def test_resuming_with_another_teacher_is_refused(tmp_path, teacher):
+    interrupted(tmp_path / "run", teacher, JOINED, after_epoch=2)
+    other = save_teacher(tmp_path / "other", seed=8)
+    message = refusal(short_config(tmp_path / "run", other, JOINED), resume=True)
+    assert message.endswith("was written with another resnet14 as teacher; give its folder as DISTILLER.TEACHER_CKPT")
+    moved = tmp_path / "moved"
+    shutil.copytree(teacher, moved)
+    assert short_run(tmp_path / "run", moved, JOINED, resume=True).result["steps"] == 16
+
+
+def test_a_run_that_is_resumed_has_no_result_until_it_ends(tmp_path, teacher):
+    short_run(tmp_path, teacher)
+    interrupted(tmp_path, teacher, "SOLVER.EPOCHS 3", resume=True, after_epoch=2)
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path, teacher):
@@ -410,8 +427,8 @@ def test_onnx_is_written_of_the_saved_student_on_request(tmp_path, teacher, monk
     calls = []
     monkeypatch.setattr(cv.trainer, "export_onnx", lambda *args: calls.append(args))
     run = short_run(tmp_path, teacher, "LOG.ONNX true")
-    [(model, folder, size, channels)] = calls
-    assert (folder, size, channels) == (tmp_path / "student", 8, 3)
+    [(model, folder, shape)] = calls
+    assert (folder, shape) == (tmp_path / "student", (3, 8, 8))
     assert same_tensors(model.state_dict(), run.weights)
 
 
@@ -461,6 +478,8 @@ def test_a_mistake_found_before_training_does_not_cost_the_former_run(tmp_path, 
 def test_a_file_in_the_folders_place_is_refused(tmp_path, teacher):
     (tmp_path / "out").write_text("")
     assert refusal(short_config(tmp_path / "out", teacher)) == f"OUTPUT_DIR {tmp_path / 'out'} is a file"
+    below = tmp_path / "out" / "run"
+    assert refusal(short_config(below, teacher)) == f"OUTPUT_DIR {below}: {tmp_path / 'out'} is a file"
 
 
 # Teachers
@@ -524,9 +543,9 @@ def test_the_command_for_any_other_teacher_trains_it_where_it_is_then_found(home
     student = home / output_folder(cfg) / "student"
     save_teacher(student, cfg.DISTILLER.STUDENT)
     assert find_teacher(wanted) == student
-    teacher, line = load_teacher(wanted, 10, 3)
-    assert teacher.classifier.out_features == 10
-    assert str(student) in line
+    teacher = load_teacher(wanted, 10, 3)
+    assert teacher.network.classifier.out_features == 10
+    assert str(student) in teacher.line
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, teacher):
@@ -538,6 +557,12 @@ def test_a_checkpoint_for_other_classes_is_refused(tmp_path):
     folder = save_teacher(tmp_path / "teacher", "resnet14", num_classes=7)
     message = refusal(short_config(tmp_path / "out", folder))
     assert message == f"{folder}: the checkpoint's num_classes is 7, this run needs 10"
+
+
+def test_images_too_small_for_the_network_are_refused(tmp_path):
+    overrides = "DISTILLER.TYPE vanilla DISTILLER.STUDENT vgg8 DATASET.IMAGE_SIZE 4"
+    message = refusal(short_config(tmp_path, None, overrides))
+    assert message == "vgg8 cannot take images of 4x4 pixels; set a larger DATASET.IMAGE_SIZE"
 
 
 @pytest.mark.parametrize("overrides", ["", "DISTILLER.TYPE vanilla DSKD.ENABLED true"])

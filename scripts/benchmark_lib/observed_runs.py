@@ -62,7 +62,7 @@ def observe_cv(plan: Plan, cifar100: str, random_teacher: bool) -> tuple[HeldGra
     if random_teacher:
         teacher = build_model(cfg.DISTILLER.TEACHER, classes, channels)
     else:
-        teacher, _ = load_teacher(cfg, classes, channels)
+        teacher = load_teacher(cfg, classes, channels).network
     kd = build_distiller(
         "kd", student, teacher, cfg.KD, num_classes=classes, image_shape=(3, 32, 32), num_train=len(data.train)
     ).to(device, memory_format=torch.channels_last)
