@@ -84,8 +84,8 @@ def export_onnx(model: nn.Module, folder: str | Path, image_shape: tuple[int, in
     """Write `folder`/model.onnx and return how far its logits are from torch's (largest absolute difference).
 
     Input "images": (batch, *image_shape), float32, normalised as in training, image_shape being (channels, height,
-    width); output "logits": (batch, num_classes); any batch size. The model is exported in eval mode on the CPU and left
-    as it was.
+    width); output "logits": (batch, num_classes); any batch size. The model is exported in eval mode on the CPU and
+    left as it was.
     Raises UserError if a package is missing, RuntimeError (and writes nothing) if ONNX Runtime differs by 1e-4 or more.
     """
     if missing := [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]:
