@@ -15,7 +15,7 @@ import pandas as pd
 import yaml
 
 from common.errors import Parser, UserError, run_cli
-from scripts.reproduce_lib.collect import collect, highest_seed, key_of, keys, read_rows, write_rows
+from scripts.reproduce_lib.collect import collect, keys, read_rows, recognised, write_rows
 from scripts.reproduce_lib.curves import draw_curves
 from scripts.reproduce_lib.launch import launch, unfinished
 from scripts.reproduce_lib.plan import Run, plan, short
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep-rows",
         action="store_true",
-        help="rows of runs.csv made by the same command count as finished, even if their folders are gone",
+        help="rows of runs.csv by the same commands and --set values count as finished, even without their folders",
     )
     parser.add_argument("--output", type=Path, help="folder of the run folders (default: outputs/reproduce)")
     parser.add_argument("--results", type=Path, help="folder of the rendered tables (default: results)")
@@ -73,6 +73,8 @@ def main() -> None:
     args = build_parser().parse_args()
     if args.slurm and args.launcher != "slurm":
         raise UserError("--slurm needs --launcher slurm")
+    for flag, folder in (("--output", args.output), ("--results", args.results)):
+        _check_folder(flag, folder)
     table = load_table(find_table(args.table))
     outputs = "reproduce-smoke" if args.smoke else "reproduce"
     output = (args.output or ROOT / "outputs" / outputs).absolute()
@@ -82,18 +84,20 @@ def main() -> None:
 
     selected = _selected(plan(table, values, seeds, output, smoke=args.smoke), table, args.tasks, args.cells)
     earlier = read_rows(results / "runs.csv")
-    kept = earlier if args.keep_rows else earlier.iloc[:0]
-    known = keys(kept)
-    todo = unfinished(selected, lambda run: run.finished or key_of(run) in known)
+
+    def every_run() -> list[Run]:
+        """Of other seeds, those alone that `runs.csv` names: tables with the same commands share the run folders."""
+        return plan(table, values, seeds, output, more=read_rows(results / "runs.csv")["seed"], smoke=args.smoke)
+
+    kept = recognised(every_run(), earlier) if args.keep_rows else {}
+    todo = unfinished(selected, lambda run: run.finished or run in kept)
     if args.dry_run:
         _print_commands(selected, todo)
         return
 
     def save_rows() -> pd.DataFrame:
         """All finished runs, those of tasks, cells and seeds that were not asked for today as well."""
-        last = max(table.first_seed + seeds - 1, highest_seed(output), *kept["seed"].tolist())
-        everything = plan(table, values, last - table.first_seed + 1, output, smoke=args.smoke)
-        rows = collect(everything, {**table.placeholders, **values}, kept)
+        rows = collect(every_run(), kept)
         if len(rows):
             write_rows(rows, results / "runs.csv")
         return rows
@@ -113,10 +117,11 @@ def main() -> None:
         )
     rows = save_rows()
     if dropped := len(keys(earlier) - keys(rows)) if len(rows) else 0:
-        print(f"{dropped} earlier rows, of other commands or of runs that are not here, are no longer in runs.csv")
+        why = "of other commands or --set values or of runs that are not here"
+        print(f"{dropped} earlier rows, {why}, are no longer in runs.csv")
     if len(rows):
         summary = summarize(table, rows)
-        curves = draw_curves(table, summary, rows, results)
+        curves = draw_curves(table, rows, results)
         render(table, summary, rows, results, curves)
         plot(table, summary, rows, results)
         pictures = ", ".join(f"{name}.png, {name}.svg" for name in ("table", *(f"curve_{c.name}" for c in curves)))
@@ -126,6 +131,13 @@ def main() -> None:
     if failed:
         print(f"{len(failed)} of {len(todo)} runs failed: " + ", ".join(run.title for run in failed))
         sys.exit(1)
+
+
+def _check_folder(flag: str, folder: Path | None) -> None:
+    """Before any run, whose results would have nowhere to go."""
+    for place in (folder, *folder.parents) if folder else ():
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{flag} {folder}: {place} is a file; give a folder")
 
 
 def _selected(runs: list[Run], table: Table, tasks: list[str] | None, cells: list[str] | None) -> list[Run]:
@@ -140,8 +152,9 @@ def _selected(runs: list[Run], table: Table, tasks: list[str] | None, cells: lis
 
 
 def _print_commands(wanted: list[Run], todo: list[Run]) -> None:
+    left = set(todo)
     for run in dict.fromkeys([*wanted, *todo]):
-        state = "finished" if run.finished else "to resume" if run.resumable else "to run"
+        state = "finished" if run not in left else "to resume" if run.resumable else "to run"
         print(f"# {run.title}: {state}\n{shlex.join(['python', *run.command()[1:]])}")
 
 

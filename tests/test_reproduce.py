@@ -18,7 +18,9 @@ from common.errors import UserError, run_cli
 from scripts import reproduce
 from scripts.reproduce_lib import curves
 from scripts.reproduce_lib import launch as launching
-from scripts.reproduce_lib.plan import ROOT, SCRIPTS, plan
+from scripts.reproduce_lib.launch import unfinished
+from scripts.reproduce_lib.plan import ROOT, SCRIPTS, Run, plan
+from scripts.reproduce_lib.plot import metric_name
 from scripts.reproduce_lib.summary import paired_difference
 from scripts.reproduce_lib.table import FOLDER, load_table
 
@@ -264,6 +266,39 @@ def test_one_pair_has_a_difference_and_no_interval():
     assert math.isnan(found["p"])
 
 
+def test_a_cell_that_is_trained_once_has_no_partner_in_the_control(run):
+    once = TABLE.replace("smoke:", "  third: {label: Third, shared: true, args: {last: 9}}\nsmoke:")
+    run("--seeds", 2, table=once)
+    assert math.isnan(pd.read_csv(run.results / "table.csv").set_index("cell").loc["third", "difference"])
+    run("--seeds", 2, table=once.replace("shared: true,", "shared: true, versus: first,"))
+    assert pd.read_csv(run.results / "table.csv").set_index("cell").loc["third", "difference"] == 8
+
+
+def test_latex_has_no_special_sign_left(run):
+    title = r"title: 100% of A & B_#1 < C^2 ~ \{x\} $"
+    table = TABLE.replace("title: A fake table", title).replace("[2, 4, 6]", "[1001, 1002.001, 1003]")
+    run("--seeds", 3, table=table)
+    text = (run.results / "table.tex").read_text()
+    escaped = r"100\% of A \& B\_\#1 $<$ C\textasciicircum{}2 \textasciitilde{} "
+    escaped += r"\textbackslash{}\{x\textbackslash{}\} \$"
+    assert rf"\caption{{{escaped}}}" in text
+    assert "& $<$ 0.001 &" in text
+
+
+@pytest.mark.parametrize(
+    ("metric", "scale", "name"), [("top1", 1, "top-1 (%)"), ("pearson", 100, "pearson x 100"), ("loss", 1, "loss")]
+)
+def test_axes_say_in_what_unit_a_metric_is(metric, scale, name):
+    assert metric_name(metric, scale) == name
+
+
+def test_the_plot_says_mean_and_spread_of_every_cell(run):
+    run("--seeds", 3)
+    text = (run.results / "table.svg").read_text()
+    assert ">4.00 ± 2.00<" in text
+    assert ">accuracy<" in text
+
+
 def test_tables_and_plots_show_the_summary(run):
     assert run("--seeds", 3) == 0
     markdown = (run.results / "table.md").read_text()
@@ -354,6 +389,37 @@ def test_a_curve_shows_mean_and_place_of_every_cell(run, monkeypatch, least, mos
     assert set(control) == {2}
 
 
+def test_a_curve_is_over_the_seeds_of_all_its_cells_and_the_control_and_names_them(run, monkeypatch):
+    from matplotlib.figure import Figure
+
+    control = "  zeroth: {label: Zeroth, args: {last: [0, 5, 7]}}\nsmoke:"
+    table = TABLE.replace("control: first", "control: zeroth").replace("smoke:", control)
+    table += "curves: {a: {label: A, cells: {first: 1, second: 2}}}\n"
+    run("--seeds", 3, "--cells", "first", table=table)
+    run("--seeds", 2, "--cells", "second", "zeroth", table=table)
+    figure = Figure()
+    monkeypatch.setattr(curves, "drawn", lambda *_: nullcontext(figure))
+    run("--seeds", 2, "--render-only", table=table)
+    (axis,) = figure.axes
+    assert axis.lines[0].get_ydata().tolist() == [1.5, 3]  # of 1, 2, not 3; of 2, 4
+    assert set(axis.lines[-1].get_ydata()) == {2.5}
+    assert axis.get_ylabel() == "accuracy, mean of seeds 1-2"
+
+
+def test_a_curve_of_cells_without_a_common_seed_is_not_drawn(run):
+    run("--seeds", 2, table=TABLE + CURVES)
+    for folder in (*run.runs.glob("first-seed1-*"), *run.runs.glob("second-seed2-*")):
+        (folder / "result.json").unlink()
+    for path in run.results.glob("curve_*"):
+        path.unlink()
+    run("--seeds", 2, "--render-only", table=TABLE + CURVES)
+    assert not list(run.results.glob("curve_*"))
+
+
+def test_seeds_in_a_row_are_named_by_the_first_and_the_last():
+    assert [curves.spans(seeds) for seeds in ([4], [1, 2], [1, 3, 4, 5])] == ["seed 4", "seeds 1-2", "seeds 1, 3-5"]
+
+
 def test_the_cost_of_a_cell_is_the_median_over_common_seeds():
     speeds = [("a", 1, 100), ("a", 2, 50), ("a", 3, 10), ("b", 1, 50), ("b", 2, 50), ("b", 3, 2), ("b", 4, 1000)]
     rows = pd.DataFrame(speeds, columns=["cell", "seed", "throughput"], dtype=object)
@@ -402,6 +468,85 @@ def test_rows_whose_folders_are_gone_count_as_finished_only_if_asked(run, tmp_pa
     assert pd.read_csv(run.results / "runs.csv")["seed"].tolist() == [1, 1, 3, 3]
 
 
+def test_runs_of_another_table_with_the_same_commands_are_not_taken(run):
+    run(table=TABLE.replace("script:", "first_seed: 101\nseeds: 2\nscript:"))
+    (run.results / "runs.csv").unlink()  # it would be in another folder of results
+    run("--seeds", 1)
+    assert pd.read_csv(run.results / "runs.csv")["seed"].tolist() == [1, 1]
+
+
+def test_other_seeds_are_planned_alone_and_not_those_between(write_table, tmp_path):
+    runs = plan(load_table(write_table()), {}, 2, tmp_path, more=[1000000000, 2])
+    assert [run.seed for run in runs[::2]] == [1, 2, 1000000000]
+
+
+def test_planning_does_not_compare_every_run_with_every_other(write_table, tmp_path, monkeypatch):
+    compared = []
+    monkeypatch.setattr(Run, "__eq__", lambda *both: compared.append(both) or both[0] is both[1])
+    runs = plan(load_table(write_table()), {}, 50, tmp_path)
+    assert len(unfinished(runs, lambda _: False)) == len(runs) == 100
+    assert len(compared) < 100
+
+
+def test_rows_of_other_values_of_placeholders_are_neither_finished_nor_kept(run, tmp_path, capsys):
+    run("--seeds", 1, "--set", "data=a")
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    run("--seeds", 1, "--set", "data=b", "--keep-rows")
+    assert starts(run.runs) == {"first-seed1": ["start"], "second-seed1": ["start"]}
+    assert pd.read_csv(run.results / "runs.csv")["placeholders"].tolist() == ["data=b", "data=b"]
+    assert "2 earlier rows, of other commands or --set values" in capsys.readouterr().out
+
+
+def test_rows_of_a_cell_that_needs_another_one_now_are_neither_finished_nor_kept(run, tmp_path):
+    run("--seeds", 2)
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    changed = TABLE.replace("[1, 2, 3]", "[5, 6, 7]")  # of the first cell, from which the second starts
+    run("--seeds", 1, "--keep-rows", table=changed)
+    assert starts(run.runs) == {"first-seed1": ["start"], "second-seed1": ["start"]}
+    assert pd.read_csv(run.results / "runs.csv")["seed"].tolist() == [1, 1]
+
+
+def test_a_kept_row_is_printed_as_finished(run, tmp_path, capsys):
+    run("--seeds", 1)
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    capsys.readouterr()
+    run("--seeds", 2, "--keep-rows", "--dry-run")
+    states = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+    ends = {1: "finished", 2: "to run"}
+    assert states == [f"# {cell} seed {seed}: {ends[seed]}" for seed in (1, 2) for cell in ("first", "second")]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("second,1,", "second,x,"), "runs.csv, line 3: seed is 'x'; give a whole number"),
+        (("second,1,", "second,,"), "runs.csv, line 3: seed is nan; give a whole number"),
+        (("accuracy,2.0", "accuracy,two"), "runs.csv, line 3: last is 'two'; give a number"),
+        (("command", "comand"), "runs.csv has no column 'command'"),
+    ],
+)
+def test_a_mistake_in_runs_csv_is_named_before_anything_runs(run, capsys, wrong, message):
+    run("--seeds", 1)
+    path = run.results / "runs.csv"
+    text = path.read_text()
+    assert wrong[0] in text
+    path.write_text(text.replace(*wrong))
+    assert run("--seeds", 2) == 2
+    assert message in capsys.readouterr().err
+    assert len(starts(run.runs)) == 2
+
+
+@pytest.mark.parametrize("flag", ["--output", "--results"])
+@pytest.mark.parametrize("below", ["", "further/down"])
+def test_a_file_where_a_folder_is_to_be_is_named_before_anything_runs(run, tmp_path, capsys, flag, below):
+    (tmp_path / "file").touch()
+    assert run(flag, tmp_path / "file" / below) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {flag} ")
+    assert f"{tmp_path / 'file'} is a file" in error
+    assert not run.runs.exists()
+
+
 def test_a_smoke_run_writes_outside_of_results(write_table, monkeypatch, tmp_path):
     monkeypatch.setattr(launching, "_executor", lambda *_: _AtOnce())
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
@@ -434,11 +579,26 @@ def test_a_smoke_run_writes_outside_of_results(write_table, monkeypatch, tmp_pat
         ("{label: First, lable: x,", "{label: First,", "cells.first: unknown key 'lable'; did you mean 'label'?"),
         ("value: much", "value: 7.5", "cells.second.published.value: 'much' is no number"),
         ("{last: 9, last: 8}", "{last: 9}", "line 15: the key 'last' occurs twice"),
+        ("title: A f\x07ke", "title: A fake", "fake.yaml, line 3: special characters are not allowed"),
+        ("description: {a: b}\nscript:", "script:", "fake.yaml: description: expected a text, got {'a': 'b'}"),
+        ("needs: {first: x}", "needs: first", "cells.second.needs: expected a cell or a list of cells"),
+        ("script: cv", "script: fake.py", "cells.first: cfg is missing; give the config file in base"),
     ],
 )
 def test_a_mistake_in_a_table_file_names_the_key_and_what_is_near(write_table, wrong, right, message):
     assert right in TABLE
     assert message in error_of(write_table(TABLE.replace(right, wrong)))
+
+
+def test_a_list_in_the_place_of_a_config_file_is_named(write_table):
+    text = "table: t\ntitle: T\nscript: cv\ncontrol: a\ncells: {a: {label: A, args: {cfg: [a.yaml, b.yaml]}}}"
+    assert "cells.a: cfg: expected one config file, got ['a.yaml', 'b.yaml']" in error_of(write_table(text))
+
+
+def test_a_table_file_in_another_encoding_is_named_with_the_line(write_table):
+    path = write_table()
+    path.write_bytes(TABLE.replace("A fake table", "Ein käsiger Tisch").encode("latin-1"))
+    assert error_of(path) == "fake.yaml, line 3: this is no UTF-8 text"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """`runs.csv`: one row per finished run, from its `result.json`; no path of this machine in it."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,9 @@ import pandas as pd
 
 from common.errors import UserError
 from common.files import write_text
-from scripts.reproduce_lib.plan import Run, portable
+from scripts.reproduce_lib.plan import Run, pairs, portable
 
-KEY = ["task", "cell", "seed", "command"]
-
-
-def highest_seed(output: Path) -> int:
-    """The highest seed that any folder in `output` was started with; 0 if there is none."""
-    seeds = [re.search(r"-seed(\d+)-[0-9a-f]+$", folder.parent.name) for folder in output.glob("*/result.json")]
-    return max((int(match[1]) for match in seeds if match), default=0)
+KEY = ["task", "cell", "seed", "command", "placeholders"]
 
 
 def read_rows(path: Path) -> pd.DataFrame:
@@ -31,29 +24,40 @@ def read_rows(path: Path) -> pd.DataFrame:
         return pd.DataFrame(columns=KEY)
     try:
         rows = pd.read_csv(path, dtype=str)  # texts, so that they are written again as they were
-    except ValueError as error:
-        raise UserError(f"{path.name} cannot be read: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     missing = [column for column in (*KEY, "last", "best") if column not in rows.columns]
     if missing:
-        raise UserError(f"{path.name} has no column {missing[0]!r}")
-    return rows.assign(task=rows["task"].fillna(""), seed=rows["seed"].astype(int))
-
-
-def key_of(run: Run) -> tuple[str, str, int, str]:
-    return run.task, run.cell, run.seed, run.portable
+        raise UserError(f"{path} has no column {missing[0]!r}")
+    for name, is_valid in {"seed": _is_seed, "last": _is_number, "best": _is_number, "throughput": _is_number}.items():
+        for line, text in enumerate(rows.get(name, ()), start=2):
+            if not is_valid(text):
+                raise UserError(f"{path}, line {line}: {name} is {text!r}; give a {'whole ' * (name == 'seed')}number")
+    texts = rows[["task", "placeholders"]].fillna("")
+    return rows.assign(**texts, seed=rows["seed"].astype(int))
 
 
 def keys(rows: pd.DataFrame) -> set[tuple]:
-    """The identities of rows, as `key_of` gives them for runs."""
+    """The identities of rows."""
     return set(rows[KEY].itertuples(index=False, name=None))
 
 
-def collect(runs: Iterable[Run], values: Mapping[str, str], kept: pd.DataFrame) -> pd.DataFrame:
+def recognised(runs: Iterable[Run], rows: pd.DataFrame) -> dict[Run, dict[str, Any]]:
+    """The rows that were made by the same commands with the same values of placeholders, by run.
+
+    That holds for what a run needs, too: its own command has no more than the names of these cells in it.
+    """
+    written = {tuple(row[name] for name in KEY): row for row in rows.to_dict("records")}
+    found: dict[Run, dict[str, Any]] = {}
+    for run in runs:  # what a run needs stands before it
+        if _key(run) in written and all(need in found for need in run.needs):
+            found[run] = written[_key(run)]
+    return found
+
+
+def collect(runs: Iterable[Run], kept: Mapping[Run, dict[str, Any]]) -> pd.DataFrame:
     """Rows of all finished runs, and of the runs that are not finished here but have a row in `kept`; in plan order."""
-    runs = list(runs)
-    fresh = {key_of(run): _row(run, values) for run in runs if run.finished}
-    old = {tuple(row[name] for name in KEY): row for row in kept.to_dict("records")}
-    rows = [fresh.get(key_of(run)) or old.get(key_of(run)) for run in runs]
+    rows = [_row(run) if run.finished else kept.get(run) for run in runs]
     # objects: empty fields would turn whole numbers into floats
     table = pd.DataFrame([row for row in rows if row], columns=None if any(rows) else KEY, dtype=object)
     last = [name for name in ("command", "placeholders") if name in table.columns]
@@ -64,7 +68,11 @@ def write_rows(rows: pd.DataFrame, path: Path) -> None:
     write_text(path, rows.to_csv(index=False, lineterminator="\n"))
 
 
-def _row(run: Run, values: Mapping[str, str]) -> dict[str, Any]:
+def _key(run: Run) -> tuple[str, str, int, str, str]:
+    return run.task, run.cell, run.seed, run.portable, run.placeholders
+
+
+def _row(run: Run) -> dict[str, Any]:
     path = run.folder / "result.json"
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -81,10 +89,23 @@ def _row(run: Run, values: Mapping[str, str]) -> dict[str, Any]:
             row |= {f"{name}.{key}": _plain(item) for key, item in value.items() if _is_scalar(item)}
         elif _is_scalar(value):
             row[name] = _plain(value)
-    row["versions"] = _pairs(result.get("versions", {}))
+    row["versions"] = pairs(result.get("versions", {}))
     row["command"] = run.portable
-    row["placeholders"] = _pairs({name: portable(value) for name, value in values.items()})
+    row["placeholders"] = run.placeholders
     return row
+
+
+def _is_seed(text: Any) -> bool:
+    return isinstance(text, str) and text.isdecimal() and int(text) < 2**63
+
+
+def _is_number(text: Any) -> bool:
+    """A number or an empty field, which is read as NaN."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_scalar(value: Any) -> bool:
@@ -93,7 +114,3 @@ def _is_scalar(value: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     return portable(value) if isinstance(value, str) else value
-
-
-def _pairs(values: Mapping[str, str]) -> str:
-    return " ".join(f"{name}={value}" for name, value in values.items())

@@ -1,12 +1,13 @@
 """The last metric of some cells against a setting of theirs, or against what they cost."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from common.figures import drawn
-from scripts.reproduce_lib.plot import entitle
+from scripts.reproduce_lib.plot import entitle, metric_name
 from scripts.reproduce_lib.table import Curve, Table
 
 _FEW = 8  # points on a line that get their names beside them; the names of more would cover each other
@@ -25,42 +26,69 @@ def relative_costs(rows: pd.DataFrame, control: str) -> pd.Series:
     return speeds.rdiv(speeds[control], axis=0).median()
 
 
-def draw_curves(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Curve]:
+class _Panel(NamedTuple):
+    """A curve in one task.
+
+    points: a line per cell from left to right, with columns cell, label, x, last_mean and last_std.
+    control: the control's mean; NaN without rows of it.
+    metric: its name.
+    seeds: those that the means are over.
+    """
+
+    points: pd.DataFrame
+    control: float
+    metric: str
+    seeds: list[int]
+
+
+def draw_curves(table: Table, rows: pd.DataFrame, folder: Path) -> list[Curve]:
     """Write `curve_NAME.png` and `.svg`: a panel per task, mean ± std per cell, the control's mean as a dotted line.
+
+    All of a panel are means over the same seeds, those that its cells and the control have: other seeds, other luck.
 
     Returns:
         The curves that were drawn; one with fewer than two points is not.
     """
-    summary = summary[summary["n"] > 0]
     found = []
     for curve in table.curves:
-        panels = {task.name: _points(table, curve, summary, rows, task.name) for task in table.tasks}
-        panels = {task: points for task, points in panels.items() if len(points) > 1}
+        panels = {task.name: _panel(table, curve, rows[rows["task"] == task.name]) for task in table.tasks}
+        panels = {task: panel for task, panel in panels.items() if len(panel.points) > 1}
         if panels:
-            _draw(table, curve, panels, summary, folder)
+            _draw(table, curve, panels, folder)
             found.append(curve)
     return found
 
 
-def _points(table: Table, curve: Curve, summary: pd.DataFrame, rows: pd.DataFrame, task: str) -> pd.DataFrame:
-    """The summary's lines of the curve's cells, from left to right, with their place on the x axis in column x."""
-    lines = summary[(summary["task"] == task) & summary["cell"].isin(curve.points)]
-    places = relative_costs(rows[rows["task"] == task], table.control) if curve.by_cost else curve.points
-    lines = lines.assign(x=lines["cell"].map(places).astype(float))
-    return lines[np.isfinite(lines["x"])].sort_values("x", kind="stable")
+def _panel(table: Table, curve: Curve, rows: pd.DataFrame) -> _Panel:
+    """What is drawn of the rows of one task."""
+    cells = list(curve.points)
+    rows = rows[rows["cell"].isin([*cells, table.control])]
+    last = rows.pivot(index="seed", columns="cell", values="last").astype(float).dropna() * table.scale
+    places = relative_costs(rows, table.control) if curve.by_cost else pd.Series(curve.points)
+    columns = {"x": places, "last_mean": last.mean(), "last_std": last.std()}
+    points = pd.DataFrame(columns, dtype=float).reindex(cells)
+    points = points.assign(cell=cells, label=[table.cell(name).label for name in cells])
+    points = points[np.isfinite(points["x"]) & np.isfinite(points["last_mean"])]
+    return _Panel(
+        points=points.sort_values("x", kind="stable"),
+        control=last.mean().get(table.control, np.nan),
+        metric=", ".join(map(str, rows["metric"].dropna().unique())),
+        seeds=last.index.tolist(),
+    )
 
 
-def _draw(table: Table, curve: Curve, panels: dict[str, pd.DataFrame], summary: pd.DataFrame, folder: Path) -> None:
+def _draw(table: Table, curve: Curve, panels: dict[str, _Panel], folder: Path) -> None:
     size = (1.5 + 4.5 * len(panels) + 2 * curve.by_cost, max(4, 1.5 + 0.2 * len(curve.points)))
     with drawn(folder, f"curve_{curve.name}", size) as figure:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axis, (task, points) in zip(axes, panels.items(), strict=True):
-            if 0 < 10 * points["x"].min() < points["x"].max():
+        for axis, (task, panel) in zip(axes, panels.items(), strict=True):
+            places = panel.points["x"]
+            if 0 < 10 * places.min() < places.max():
                 axis.set_xscale("log")
-            (_scatter if curve.by_cost else _line)(axis, curve, points)
-            for mean in summary.loc[(summary["task"] == task) & (summary["cell"] == table.control), "last_mean"]:
-                axis.axhline(mean, color="tab:gray", linestyle=":", zorder=1)
-            axis.set(title=task, xlabel=curve.label, ylabel=points["metric"].iloc[0])
+            (_scatter if curve.by_cost else _line)(axis, curve, panel.points)
+            axis.axhline(panel.control, color="tab:gray", linestyle=":", zorder=1)
+            metric = metric_name(panel.metric, table.scale)
+            axis.set(title=task, xlabel=curve.label, ylabel=f"{metric}, mean of {spans(panel.seeds)}")
             axis.grid(alpha=0.3)
         if curve.by_cost:
             legends = [axis.get_legend_handles_labels() for axis in axes]
@@ -68,6 +96,18 @@ def _draw(table: Table, curve: Curve, panels: dict[str, pd.DataFrame], summary: 
             figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize=8)
         what = f"at the end of training, mean ± standard deviation; dotted: {table.cell(table.control).label}"
         entitle(figure, table.title, what)
+
+
+def spans(seeds: list[int]) -> str:
+    """`seed 1` or `seeds 1-3, 5`, of rising numbers."""
+    found: list[list[int]] = []
+    for seed in seeds:
+        if found and seed == found[-1][1] + 1:
+            found[-1][1] = seed
+        else:
+            found.append([seed, seed])
+    words = [str(first) if first == last else f"{first}-{last}" for first, last in found]
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(words)}"
 
 
 def _line(axis, curve: Curve, points: pd.DataFrame) -> None:

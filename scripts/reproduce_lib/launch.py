@@ -22,19 +22,19 @@ _NO_LIMIT_MINUTES = 60 * 24 * 365  # submitit ends local jobs after minutes othe
 
 def unfinished(runs: Sequence[Run], done: Callable[[Run], bool]) -> list[Run]:
     """The runs that are not `done`, and those that they need in turn and whose folders are not there; in order."""
-    wanted: list[Run] = []
+    wanted: dict[Run, None] = {}  # in order
 
     def want(run: Run) -> None:
         if run in wanted or run.finished:
             return
         for need in run.needs:
             want(need)
-        wanted.append(run)
+        wanted[run] = None
 
     for run in runs:
         if not done(run):
             want(run)
-    return wanted
+    return list(wanted)
 
 
 def launch(

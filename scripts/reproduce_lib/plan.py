@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +55,7 @@ class Run:
         task, cell, seed: which one; the task is "" in a table without tasks.
         folder: where it runs; its name contains cell, seed and a hash of the resolved command.
         portable: the command with placeholders for what differs from machine to machine.
+        placeholders: the values of the table's placeholders as `name=value ...`, without the folders of this machine.
         needs: the runs that must be finished first.
     """
 
@@ -63,6 +64,7 @@ class Run:
     seed: int
     folder: Path
     portable: str
+    placeholders: str
     needs: tuple["Run", ...]
     script: Script = field(repr=False)
     words: tuple[str, ...] = field(repr=False)
@@ -88,7 +90,15 @@ class Run:
         return [*words, *self.words, *start]
 
 
-def plan(table: Table, values: Mapping[str, str], seeds: int, output: Path, *, smoke: bool = False) -> list[Run]:
+def plan(
+    table: Table,
+    values: Mapping[str, str],
+    seeds: int,
+    output: Path,
+    *,
+    more: Iterable[int] = (),
+    smoke: bool = False,
+) -> list[Run]:
     """All runs of a table, seed by seed, so that an unfinished table has every cell equally often.
 
     Args:
@@ -96,6 +106,7 @@ def plan(table: Table, values: Mapping[str, str], seeds: int, output: Path, *, s
         values: placeholder -> value, on top of the table's defaults.
         seeds: every cell runs with so many seeds from the table's first one on, a shared one with the first alone.
         output: the folder of all run folders.
+        more: seeds that every cell runs with as well.
         smoke: with the overrides that make every run short.
 
     Raises:
@@ -108,15 +119,15 @@ def plan(table: Table, values: Mapping[str, str], seeds: int, output: Path, *, s
             )
     script = find_script(table)
     values = {**table.placeholders, **values}
-    runs: list[Run] = []
-    for seed in range(table.first_seed, table.first_seed + seeds):
+    runs: dict[Run, None] = {}  # in order; a shared cell comes up with every seed
+    for seed in sorted({*range(table.first_seed, table.first_seed + seeds), *more}):
         for task in table.tasks:
             done: dict[str, Run] = {}
             for cell in table.cells:
                 own = table.first_seed if cell.shared else seed
                 done[cell.name] = _run(table, script, task, cell, own, values, done, output, smoke)
-            runs += [run for run in done.values() if run not in runs]
-    return runs
+            runs |= dict.fromkeys(done.values())
+    return list(runs)
 
 
 def find_script(table: Table) -> Script:
@@ -143,6 +154,10 @@ def portable(word: str) -> str:
     if not path.is_absolute():
         return path.name if word.startswith("..") else word
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+def pairs(values: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items())
 
 
 def _run(
@@ -182,6 +197,7 @@ def _run(
         seed=seed,
         folder=folder,
         portable=_join(["python", portable(str(script.path)), *map(portable, masked)]),
+        placeholders=pairs({name: portable(value) for name, value in values.items()}),
         needs=tuple(needs.values()),
         script=script,
         words=filled(values, {name: short(run.folder) for name, run in needs.items()}, short(folder)),
@@ -195,6 +211,8 @@ def _words(layers: list[Arguments], script: Script, where: str) -> Iterator[str]
     if script.dotted:
         if "cfg" not in arguments:
             raise UserError(f"{where}: cfg is missing; give the config file in base, the task's args or the cell's")
+        if not isinstance(arguments["cfg"], str):
+            raise UserError(f"{where}: cfg: expected one config file, got {arguments['cfg']!r}")
         yield from ("--cfg", arguments.pop("cfg"))
     for key, value in arguments.items():
         texts = value if isinstance(value, list) else [value]

@@ -6,15 +6,19 @@ from pathlib import Path
 import pandas as pd
 
 from common.figures import drawn
+from scripts.reproduce_lib.render import spread_text
 from scripts.reproduce_lib.table import Cell, Table
 
 
 def plot(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> None:
-    """Write `table.png` and `table.svg`: a panel per task, a line per cell, each seed a dot, mean ± std beside them."""
+    """Write `table.png` and `table.svg`: a panel per task, a line per cell, each seed a dot, mean ± std beside them.
+
+    Mean ± std also stand as numbers at the right: where cells are far apart, those close together look the same.
+    """
     summary = summary[summary["n"] > 0]
     tasks = list(summary["task"].unique())
     cells = [cell for cell in table.cells if cell.name in set(summary["cell"])]
-    with drawn(folder, "table", (3 + 3 * len(tasks), 1.2 + 0.42 * len(cells))) as figure:
+    with drawn(folder, "table", (3 + 4 * len(tasks), 1.2 + 0.42 * len(cells))) as figure:
         panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
         for panel, task in zip(panels, tasks, strict=True):
             _panel(panel, table, cells, summary[summary["task"] == task], rows[rows["task"] == task])
@@ -30,15 +34,25 @@ def entitle(figure, title: str, what: str) -> None:
     figure.suptitle("\n".join([*textwrap.wrap(title, characters), what]), fontsize=9)
 
 
+def metric_name(metric: str, scale: float) -> str:
+    """What stands at an axis of a metric, with its unit or what it was multiplied by."""
+    return {"top1": "top-1 (%)"}.get(metric, metric) + (f" x {scale:g}" if scale != 1 else "")
+
+
 def _panel(panel, table: Table, cells: list[Cell], summary: pd.DataFrame, rows: pd.DataFrame) -> None:
+    figures = [""] * len(cells)
     for line in summary.itertuples():
         position = [cell.name for cell in cells].index(line.cell)
         values = rows.loc[rows["cell"] == line.cell, "last"].astype(float) * table.scale
         color = "tab:gray" if line.cell == table.control else "tab:blue"
         panel.plot(values, [position] * len(values), "o", color=color, alpha=0.6, markersize=4, markeredgewidth=0)
         spread = None if pd.isna(line.last_std) else line.last_std
+        figures[position] = spread_text(line.last_mean, line.last_std)
         panel.errorbar(line.last_mean, position + 0.22, xerr=spread, fmt="d", color=color, markersize=5, capsize=3)
         if line.cell == table.control:
             panel.axvline(line.last_mean, color=color, linestyle=":", linewidth=1)
-    panel.set_xlabel(summary["metric"].iloc[0])
+    panel.set_xlabel(metric_name(summary["metric"].iloc[0], table.scale))
     panel.grid(axis="x", alpha=0.3)
+    right = panel.secondary_yaxis("right")
+    right.set_yticks(range(len(cells)), figures, fontsize=8)
+    right.tick_params(length=0)

@@ -9,6 +9,11 @@ import pandas as pd
 from common.files import write_text
 from scripts.reproduce_lib.table import FOLDER, Curve, Table
 
+_LATEX = str.maketrans(
+    {sign: rf"\{sign}" for sign in "&%$#_{}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+)
+_MATH = str.maketrans({"±": r"$\pm$", "<": "$<$", ">": "$>$"})
 _TEXTS = ("Task", "Method", "compared with")  # columns of words, set to the left
 
 
@@ -46,6 +51,8 @@ def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, curves: Se
         f"Difference: last minus the last of {reference}, seed by seed, with its 95% confidence interval; "
         "p of a paired t-test, not corrected for the number of comparisons.",
     ]
+    if curves:
+        notes.append("Curves: over the seeds that the control and all cells of a curve have, which its axis names.")
     if any(curve.by_cost for curve in curves):
         notes.append("Cost: throughput of the control divided by the row's, of the same seed; the median over seeds.")
     sources = summary.loc[summary["published"].notna(), "source"].unique()
@@ -73,12 +80,17 @@ def latex(table: Table, summary: pd.DataFrame) -> str:
         columns.insert(0, "Task", summary["task"].where(summary["task"].ne(summary["task"].shift()), ""))
     text = columns.to_latex(
         index=False,
-        escape=True,
+        escape=True,  # not the caption
         column_format="".join("l" if name in _TEXTS else "r" for name in columns),
-        caption=table.title,
+        caption=table.title.translate(_LATEX),
         label=f"tab:{table.name}",
     )
-    return text.replace("±", r"$\pm$")
+    return text.translate(_MATH)
+
+
+def spread_text(mean: float, std: float) -> str:
+    """`mean ± standard deviation`, which a single run does not have."""
+    return _number(mean) + (f" ± {std:.2f}" if not math.isnan(std) else "")
 
 
 def _references(table: Table, summary: pd.DataFrame) -> dict[str, str]:
@@ -93,8 +105,8 @@ def _columns(summary: pd.DataFrame, references: Mapping[str, str]) -> pd.DataFra
         {
             "Method": line.label,
             "n": str(line.n),
-            "last": _spread(line.last_mean, line.last_std),
-            "best": _spread(line.best_mean, line.best_std),
+            "last": spread_text(line.last_mean, line.last_std),
+            "best": spread_text(line.best_mean, line.best_std),
             "compared with": "" if math.isnan(line.difference) else named.get(line.versus, ""),
             "difference [95% CI]": _interval(line),
             "p": "" if math.isnan(line.p) else f"{line.p:.3f}" if line.p >= 0.001 else "< 0.001",
@@ -108,10 +120,6 @@ def _columns(summary: pd.DataFrame, references: Mapping[str, str]) -> pd.DataFra
 
 def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f}"
-
-
-def _spread(mean: float, std: float) -> str:
-    return _number(mean) + (f" ± {std:.2f}" if not math.isnan(std) else "")
 
 
 def _interval(line) -> str:

@@ -106,7 +106,8 @@ class Table:
 
     def versus(self, cell: Cell) -> str:
         """Name of the cell that a cell is compared with; "" if with none."""
-        return cell.versus or ("" if cell.name == self.control else self.control)
+        unrelated = cell.shared or cell.name == self.control  # one run for all seeds is the partner of none
+        return cell.versus or ("" if unrelated else self.control)
 
 
 def find_table(name: str) -> Path:
@@ -161,7 +162,7 @@ def load_table(path: Path) -> Table:
         name=name,
         path=path,
         title=_text(content, "title", where),
-        description=content.get("description", ""),
+        description=_text(content, "description", where, default=""),
         script=_text(content, "script", where),
         control=control,
         first_seed=int(_number(content.get("first_seed", "1"), f"{where}: first_seed", whole=True)),
@@ -202,9 +203,16 @@ class _TextLoader(yaml.SafeLoader):
 
 def _read(path: Path) -> dict:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _TextLoader)
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, _TextLoader)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path.name}, line {line}: this is no UTF-8 text") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{path.name}, line {line}: {error.reason}") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise UserError(f"{path.name}, line {line}: {error.problem}") from error
@@ -232,6 +240,8 @@ def _cell(name: str, value: Any, where: str, tasks: list[str]) -> Cell:
     value = _as_mapping(value, where)
     _check_keys(value, _CELL_KEYS, where)
     needs = value.get("needs", [])
+    if not isinstance(needs, str | list):
+        raise UserError(f"{where}.needs: expected a cell or a list of cells, got {needs!r}")
     published = _as_mapping(value.get("published", {}), f"{where}.published")
     _check_keys(published, _PUBLISHED_KEYS, f"{where}.published")
     figures = published.get("value", {})
@@ -322,10 +332,12 @@ def _mapping(content: Mapping, key: str, where: str) -> dict:
     return _as_mapping(content.get(key, {}), f"{where}: {key}")
 
 
-def _text(content: Mapping, key: str, where: str) -> str:
-    value = content.get(key)
-    if not isinstance(value, str) or not value:
+def _text(content: Mapping, key: str, where: str, default: str | None = None) -> str:
+    value = content.get(key) or default
+    if value is None:
         raise UserError(f"{where}: {key} is missing; give a text")
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {key}: expected a text, got {value!r}")
     return value
 
 
