@@ -20,7 +20,7 @@ from common.svd_loss import DirectionSensitivityLoss
 from cv.config import as_dict
 from cv.trainer import train
 from scripts import report as script
-from scripts.report_lib import single
+from scripts.report_lib import plots, single
 from scripts.report_lib.heatmaps import overlaps, thinned
 from scripts.report_lib.load import Choice, Selected, labels, load_run
 from scripts.report_lib.networks import weight_pairs
@@ -71,10 +71,11 @@ def text_run(folder: Path, *, dskd: bool = True, finished: bool = True, **settin
     return folder
 
 
-def vision_run(folder: Path, *, dskd: bool = True) -> Path:
+def vision_run(folder: Path, *, dskd: bool = True, start: str = "random", rate: float = 0.05) -> Path:
     """What the vision pipeline leaves behind, without the student."""
     config = {"DATASET": {"NAME": "digits"}, "DISTILLER": {"TYPE": "kd", "STUDENT": "resnet8", "TEACHER": "resnet20"}}
-    RunRecord(folder, {**config, "SOLVER": {"SEED": 4}, "DSKD": {"ENABLED": dskd, "BASIS": "update"}})
+    config["DISTILLER"]["START"] = start
+    RunRecord(folder, {**config, "SOLVER": {"SEED": 4, "LR": rate}, "DSKD": {"ENABLED": dskd, "BASIS": "update"}})
     more = {"dskd_loss": 4.2} if dskd else {}
     lines = [{"step": 3, "loss": 11.0, "loss_ce": 0.2, "loss_kd": 9.8, "images_per_second": 900.0, **more}]
     write_lines(folder / "metrics.jsonl", [*lines, {"step": 3, "epoch": 1, "test_top1": 10.8, "test_top5": 54.7}])
@@ -397,19 +398,43 @@ def test_the_same_run_gives_the_same_page(shown, tmp_path, monkeypatch):
 
 def test_several_runs_share_plots_and_are_named_by_their_settings(tmp_path, monkeypatch):
     folders = [
-        text_run(tmp_path / "a"),
+        text_run(tmp_path / "a", lambda_size=0.1),
         text_run(tmp_path / "b", dskd=False),
         text_run(tmp_path / "c", lambda_size=0.3, output_dir="elsewhere"),
         vision_run(tmp_path / "d"),
     ]
     page = page_of(monkeypatch, *folders, "--output", tmp_path / "all.html")
-    names = ["RTE: theseus + DSKD (own), seed 1, lambda_size None", "RTE: theseus, seed 1"]
-    names += ["RTE: theseus + DSKD (own), seed 1, lambda_size 0.3", "digits: kd + DSKD (update), seed 4"]
+    names = ["RTE: theseus + DSKD (own), seed 1, lambda 0.1", "RTE: theseus, seed 1"]
+    names += ["RTE: theseus + DSKD (own), seed 1, lambda 0.3", "digits: kd + DSKD (update), seed 4"]
     assert labels([load_run(folder) for folder in folders]) == names
     for name in names:
         assert f"<summary>{name}</summary>" in page
     metrics = [alt for alt in pictures(page) if " on " in alt]
     assert [alt.split(" over")[0] for alt in metrics] == ["dev_accuracy on RTE", "top1 on digits"]
+
+
+def test_labels_say_that_a_student_starts_from_the_teacher(tmp_path):
+    runs = [load_run(vision_run(tmp_path / start, start=start)) for start in ("random", "teacher")]
+    assert labels(runs) == ["kd + DSKD (update), seed 4", "kd + DSKD (update), from the teacher, seed 4"]
+
+
+def test_labels_of_different_methods_say_what_else_differs(tmp_path):
+    runs = [load_run(vision_run(tmp_path / str(rate), dskd=rate > 0.05, rate=rate)) for rate in (0.05, 0.1)]
+    assert labels(runs) == ["kd, seed 4, learning rate 0.05", "kd + DSKD (update), seed 4, learning rate 0.1"]
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_legend_of_long_labels_fits_into_its_plot_and_leaves_room_for_the_curves(monkeypatch, count):
+    figures = []
+    monkeypatch.setattr(plots, "svg", lambda figure: figures.append(figure) or figure.draw_without_rendering())
+    points = (np.arange(3.0), np.arange(3.0))
+    long = "dkd + DSKD (own, shuffled), from the teacher, seed {}, learning rate 0.05, SVD steps 1000"
+    plots.curves({long.format(seed): points for seed in range(count)}, "loss")
+    (figure,) = figures
+    box, (axis,) = figure.legends[0].get_window_extent(), figure.axes
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    assert axis.get_window_extent().height > 1.7 * figure.dpi
 
 
 def test_runs_of_equal_settings_are_named_by_their_folders(tmp_path):

@@ -28,7 +28,7 @@ def test_runs_with_a_teacher_get_a_line_each(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["weights.py", *folders, "--output", str(tmp_path / "weights.csv")])
     weights.main()
     lines = pd.read_csv(tmp_path / "weights.csv").set_index("run")
-    assert list(lines.index) == ["copied", "random"]
+    assert lines["method"].to_dict() == {"copied": "kd, from the teacher", "random": "kd"}
     assert lines.loc["copied", "cosine"] == pytest.approx(1, abs=1e-3)
     assert abs(lines.loc["random", "cosine"]) < 0.1
     assert "copied" in capsys.readouterr().out

@@ -16,6 +16,27 @@ from common.errors import UserError
 _TIMINGS = ("_runtime", "_per_second", "_time", "_loss")  # of an evaluation; all else in it is a metric
 # settings that say where things are, not what was run
 _PLACES = ("OUTPUT_DIR", "DISTILLER.TEACHER_CKPT", "DATASET.ROOT", "output_dir", "data_dir", "overwrite_output_dir")
+# settings that runs of different methods may differ in as well, and how labels call them
+_TOLD = {
+    "DISTILLER.STUDENT": "student",
+    "DATASET.SUBSET": "subset",
+    "SOLVER.EPOCHS": "epochs",
+    "SOLVER.BATCH_SIZE": "batch size",
+    "SOLVER.LR": "learning rate",
+    "num_successor_layers": "layers",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "per_gpu_train_batch_size": "batch size",
+    "learning_rate": "learning rate",
+}
+_TOLD_OF_DSKD = {
+    "DSKD.LAMBDA": "lambda",
+    "DSKD.RANK": "rank",
+    "DSKD.SVD_STEPS": "SVD steps",
+    "lambda_size": "lambda",
+    "rank_size": "rank",
+    "svd_steps": "SVD steps",
+}
 
 
 class Selected(NamedTuple):
@@ -77,13 +98,13 @@ class Run:
 
     @property
     def method(self) -> str:
-        """In words, with the reading and the control arm of DSKD."""
+        """In words, with the reading and the control arm of DSKD and where the student starts."""
         words = str(self.setting("DISTILLER.TYPE", "method", "unknown method"))
         if self.has_dskd:
             arm = self.setting("DSKD.DIRECTION", "direction", "sensitive")
             kind = [str(self.setting("DSKD.BASIS", "basis", "own")), *([] if arm == "sensitive" else [str(arm)])]
             words += f" + DSKD ({', '.join(kind)})"
-        return words
+        return words + (", from the teacher" if self.settings.get("DISTILLER.START") == "teacher" else "")
 
     @property
     def seed(self) -> str:
@@ -155,10 +176,20 @@ def load_run(folder: Path) -> Run:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """A name for each of several runs: method and seed, and where these agree, the settings that differ."""
+    """A name for each of several runs: method, seed, and what else is different in training.
+
+    Where these agree, all settings that differ.
+    """
     names = [f"{run.method}, seed {run.seed}" for run in runs]
     if len({run.task for run in runs}) > 1:
         names = [f"{run.task}: {name}" for run, name in zip(runs, names, strict=True)]
+    for key, word in (_TOLD | _TOLD_OF_DSKD).items():
+        told = [i for i, run in enumerate(runs) if run.has_dskd or key in _TOLD]
+        for task in {run.task for run in runs}:
+            values = {i: runs[i].settings.get(key) for i in told if runs[i].task == task}
+            if len(set(map(repr, values.values()))) > 1:
+                for i, value in values.items():
+                    names[i] += "" if value is None else f", {word} {value}"
     same = Counter(names)
     for name in [name for name, count in same.items() if count > 1]:
         alike = [i for i, other in enumerate(names) if other == name]

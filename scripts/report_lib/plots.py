@@ -1,6 +1,7 @@
 """Curves over the steps of a run, as SVG text."""
 
 import io
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ Series = dict[str, tuple[np.ndarray, np.ndarray]]
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito
 STYLES = ("-", "--", ":", "-.")
 _MANY_CHOICES = 30
+_COLUMN_WIDTH, _LEGEND_WIDTH = 20, 64  # characters of a label that fit into half of a plot's width, and into all of it
 
 
 def curves(
@@ -39,14 +41,18 @@ def curves(
         zero: starts the axis of values at 0.
     """
     order = list(legend) or list(series)
-    with drawing((4.6, 2.9 + (0.17 * len(series) if len(series) > 4 else 0))) as (figure, axis):
+    labels = {label: textwrap.fill(plain(label), _LEGEND_WIDTH) for label in series}
+    columns = 1 if len(series) > 4 or max(map(len, labels.values())) > _COLUMN_WIDTH else 2
+    lines = sum(label.count("\n") + 1 for label in labels.values()) if columns == 1 else 2
+    with drawing((4.6, 2.9 + 0.17 * max(lines - 2, 0))) as (figure, axis):
         for step in choices if len(choices) <= _MANY_CHOICES else ():
             axis.axvline(step, color="#bbbbbb", linestyle=":", linewidth=0.8)
         for label, (steps, values) in series.items():
             turn, place = divmod(order.index(label), len(COLORS))
             color, style = COLORS[place], STYLES[turn % len(STYLES)]
             marker = "." if len(steps) < 40 else None
-            axis.plot(steps, values, style, color=color, label=plain(label), linewidth=1.3, marker=marker, markersize=4)
+            looks = {"color": color, "linewidth": 1.3, "marker": marker, "markersize": 4}
+            axis.plot(steps, values, style, label=labels[label], **looks)
             if best:
                 axis.plot(steps[values.argmax()], values.max(), "o", color=color, markerfacecolor="white", markersize=6)
         axis.set(xlabel=xlabel, ylabel=plain(ylabel))
@@ -56,7 +62,7 @@ def curves(
             functions = (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
             axis.secondary_xaxis("top", functions=functions).set_xlabel("epoch")
         if legend or len(series) > 1:
-            figure.legend(loc="outside lower center", ncols=1 if len(series) > 4 else 2, fontsize=8, frameon=False)
+            figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
         return svg(figure)
 
 
