@@ -82,6 +82,31 @@ def test_an_unknown_label_is_named_with_its_line(rte):
         load_task_data(get_task("rte"), rte)
 
 
+QQP_ROWS = ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "1\t2\t3\tWhat is a?\tWhat is b?\t0"]
+QQP_ROWS += ['"\tWas Muhammad a real historical figure?\t0', "4\t5\t6\tWhat is c?\tWhat is C?\t1", "7\t8"]
+
+
+def test_broken_rows_of_qqps_training_file_are_left_out_and_counted(tmp_path, capsys):
+    (tmp_path / "train.tsv").write_text("\n".join(QQP_ROWS) + "\n")
+    train = load_task_data(get_task("qqp"), tmp_path, sets=["train"])["train"]
+    assert train.texts == (["What is a?", "What is c?"], ["What is b?", "What is C?"])
+    assert train.labels.tolist() == [0, 1]
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.endswith("train.tsv: rows with a wrong number of columns left out: 2, the first in line 3")
+
+
+def test_a_whole_training_file_of_qqp_is_read_without_a_word(tmp_path, capsys):
+    (tmp_path / "train.tsv").write_text("\n".join(QQP_ROWS[:2]) + "\n")
+    load_task_data(get_task("qqp"), tmp_path, sets=["train"])
+    assert capsys.readouterr().out == ""
+
+
+def test_broken_rows_of_qqps_other_files_are_refused(tmp_path):
+    (tmp_path / "dev.tsv").write_text("\n".join(QQP_ROWS) + "\n")
+    with pytest.raises(UserError, match=r"dev.tsv line 3: expected 6 columns, got 3"):
+        load_task_data(get_task("qqp"), tmp_path, sets=["dev"])
+
+
 def test_a_missing_file_tells_the_layout(tmp_path):
     with pytest.raises(
         UserError, match=r"train.tsv: no such file; --data_dir for RTE is .* train.tsv, dev.tsv, test.tsv"
@@ -202,13 +227,12 @@ def test_a_selection_split_without_room_for_every_class_is_refused():
         selection_split(examples([0, 0, 1]), 0.5, seed=0)
 
 
-def test_an_item_has_what_the_model_and_the_sampler_need(tokenizer):
+def test_an_item_has_what_the_model_needs_and_the_set_has_the_lengths(tokenizer):
     data = tokenize(Examples(PAIRS, (["a b", "c"], ["as", "d e"]), np.array([1, 0])), tokenizer, 16)
     assert data[0] == {
         "input_ids": [CLS, A, A + 1, SEP, A, A + 8, SEP],
         "token_type_ids": [0, 0, 0, 0, 1, 1, 1],
         "attention_mask": [1] * 7,
-        "length": 7,
         "labels": 1,
     }
     assert (len(data), data.lengths.tolist(), data[-1]) == (2, [7, 6], data[1])

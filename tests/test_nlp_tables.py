@@ -70,6 +70,10 @@ def test_mnli_has_two_sets_of_each_kind_matched_first():
     assert mnli.test_sets == ("test_matched", "test_mismatched")
 
 
+def test_only_the_training_file_of_qqp_is_known_to_have_broken_rows():
+    assert {task.name: task.broken_rows for task in TASKS if task.broken_rows} == {"QQP": ("train",)}
+
+
 def test_outputs_are_the_labels_or_one_score():
     assert {task.name: task.num_outputs for task in TASKS} == {
         **dict.fromkeys(("CoLA", "SST-2", "MRPC", "QQP", "QNLI", "RTE", "WNLI"), 2), "MNLI": 3, "STS-B": 1,
@@ -163,6 +167,14 @@ def test_json_numbers_become_text(table):
 )
 def test_a_complaint_names_the_file_the_line_and_what_would_be_right(table, name, content, message):
     assert message in complaint(table(name, content), "t", "y")
+
+
+@pytest.mark.parametrize(("name", "comma"), [("a.tsv", "\t"), ("a.csv", ",")])
+def test_rows_of_another_width_are_skipped_and_numbered_where_that_is_asked_for(table, name, comma):
+    content = "t,y\na,1\nb\nc,0,2\nd,0\n".replace(",", comma)
+    skipped = []
+    assert read(table(name, content), "y", skipped=skipped) == [(2, ("1",)), (5, ("0",))]
+    assert skipped == [3, 4]
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):

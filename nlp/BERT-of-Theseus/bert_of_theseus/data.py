@@ -130,11 +130,11 @@ class TokenizedDataset(torch.utils.data.Dataset):
     """Token ids of N examples, kept as flat arrays (a set of QQP's size stays below 200 MB).
 
     An item is a dict of plain lists, for a padding collator: the tokenizer's own model inputs (`input_ids`,
-    `attention_mask`, and `token_type_ids` where it makes them), `length` (the number of tokens, padding not counted)
-    and, except in a test set, `labels` (int, or float for a regression).
+    `attention_mask`, and `token_type_ids` where it makes them) and, except in a test set, `labels` (int, or float for
+    a regression).
 
     Attributes:
-        lengths: (N,) int64, the `length` of every item.
+        lengths: (N,) int64, the number of tokens of every item, padding not counted.
         num_truncated: how many examples were longer than the limit.
     """
 
@@ -162,7 +162,6 @@ class TokenizedDataset(torch.utils.data.Dataset):
         index %= len(self)
         place = slice(self._offsets[index], self._offsets[index + 1])
         item = {name: values[place].tolist() for name, values in self._inputs.items()}
-        item["length"] = int(self.lengths[index])
         if self._labels is not None:
             item["labels"] = self._labels[index].item()
         return item
@@ -232,7 +231,10 @@ def _with_labels_of(task: Task, path: Path) -> Task:
 def _from_file(task: Task, path: Path, set_name: str) -> Examples:
     labelled = set_name not in task.test_sets
     columns = [*task.text_columns, task.label_column] if labelled else task.text_columns
-    rows = list(read_table(path, columns, header=task.headerless.get(set_name)))
+    skipped = [] if set_name in task.broken_rows else None
+    rows = list(read_table(path, columns, header=task.headerless.get(set_name), skipped=skipped))
+    if skipped:
+        print(f"{path}: rows with a wrong number of columns left out: {len(skipped)}, the first in line {skipped[0]}")
     texts = tuple([row.values[i] for row in rows] for i in range(len(task.text_columns)))
     labels = None
     if labelled and task.regression:

@@ -21,19 +21,27 @@ class Row(NamedTuple):
     values: tuple[str, ...]
 
 
-def read_table(path: str | Path, columns: Sequence[str], header: Sequence[str] | None = None) -> Iterator[Row]:
+def read_table(
+    path: str | Path,
+    columns: Sequence[str],
+    header: Sequence[str] | None = None,
+    skipped: list[int] | None = None,
+) -> Iterator[Row]:
     """The rows of a `.tsv`, `.csv`, `.jsonl` or `.json` (one object a line) file, reduced to some columns.
 
     Args:
         path: the file; its ending decides the format.
         columns: names of the wanted columns, in the order of `Row.values`.
         header: column names of a TSV or CSV file that has no header line.
+        skipped: for a TSV or CSV file known to have broken rows: rows with a wrong number of columns are left out, and
+            their line numbers appended here.
 
     Values of JSON objects other than text become text as JSON writes them (`1`, `0.5`, `true`).
 
     Raises:
         UserError: while iterating: no such file, an unknown ending, invalid UTF-8, no data rows, a wrong number of
-            columns, a missing or repeated column, invalid CSV or JSON, a JSON value that is null, a list or an object.
+            columns without `skipped`, a missing or repeated column, invalid CSV or JSON, a JSON value that is null, a
+            list or an object.
     """
     path = Path(path)
     reader = {".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_json, ".json": _read_json}.get(path.suffix.lower())
@@ -41,7 +49,7 @@ def read_table(path: str | Path, columns: Sequence[str], header: Sequence[str] |
         raise UserError(f"{path}: unknown file type {path.suffix!r}; use .tsv, .csv or .jsonl")
     records = _without_trailing_blanks(reader(path))
     is_json = reader is _read_json
-    rows = _pick_keys(path, records, columns) if is_json else _pick_columns(path, records, columns, header)
+    rows = _pick_keys(path, records, columns) if is_json else _pick_columns(path, records, columns, header, skipped)
     empty = True
     for row in rows:
         empty = False
@@ -124,7 +132,11 @@ def _without_trailing_blanks(records: Iterator[tuple[int, list | dict]]) -> Iter
 
 
 def _pick_columns(
-    path: Path, records: Iterator[tuple[int, list[str]]], columns: Sequence[str], header: Sequence[str] | None
+    path: Path,
+    records: Iterator[tuple[int, list[str]]],
+    columns: Sequence[str],
+    header: Sequence[str] | None,
+    skipped: list[int] | None,
 ) -> Iterator[Row]:
     if header is None:
         _, header = next(records, (0, None))
@@ -136,9 +148,12 @@ def _pick_columns(
             raise UserError(f"{path}: {problem} {column!r}; its header is {', '.join(header)}")
     places = [header.index(column) for column in columns]
     for number, record in records:
-        if len(record) != len(header):
+        if len(record) == len(header):
+            yield Row(number, tuple(record[place] for place in places))
+        elif skipped is None:
             raise UserError(f"{path} line {number}: expected {len(header)} columns, got {len(record)}")
-        yield Row(number, tuple(record[place] for place in places))
+        else:
+            skipped.append(number)
 
 
 def _pick_keys(path: Path, records: Iterator[tuple[int, dict]], columns: Sequence[str]) -> Iterator[Row]:

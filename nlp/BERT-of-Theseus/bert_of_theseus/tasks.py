@@ -28,6 +28,7 @@ class Task:
         hub_text_columns: the hub's names of `text_columns`; its label column is always `label`.
         splits: set name -> the hub's name for it. The set's TSV file is `<set name>.tsv`.
         headerless: set name -> column names, for files without a header line.
+        broken_rows: sets whose original file has rows with a wrong number of columns, which are to be left out.
         predictions: test set -> file name that the server accepts.
         regression: labels are scores.
         score_range: (lowest, highest) score that the server accepts; None for no limits.
@@ -44,6 +45,7 @@ class Task:
     splits: Mapping[str, str]
     predictions: Mapping[str, str]
     headerless: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    broken_rows: tuple[str, ...] = ()
     regression: bool = False
     score_range: tuple[float, float] | None = None
 
@@ -96,7 +98,15 @@ TASKS: tuple[Task, ...] = (
     _glue("SST-2", ("sentence",), "label", _BINARY, "accuracy", "accuracy"),
     _glue("MRPC", ("#1 String", "#2 String"), "Quality", _BINARY, "accuracy_f1", "f1", hub_text_columns=_PAIR),
     _glue("STS-B", _PAIR, "score", (), "correlation", "pearson", regression=True, score_range=(0.0, 5.0)),
-    _glue("QQP", ("question1", "question2"), "is_duplicate", _BINARY, "accuracy_f1", "accuracy"),
+    _glue(
+        "QQP",
+        ("question1", "question2"),
+        "is_duplicate",
+        _BINARY,
+        "accuracy_f1",
+        "accuracy",
+        broken_rows=("train",),  # github.com/nyu-mll/GLUE-baselines/issues/5
+    ),
     _glue(
         "MNLI",
         _PAIR,
