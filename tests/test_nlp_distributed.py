@@ -20,9 +20,18 @@ repair_torchvision()
 import torch
 from bert_of_theseus import pipeline
 from bert_of_theseus.arguments import parse_arguments
+from bert_of_theseus.data import TokenizedDataset
 from common.errors import run_cli
 
-seen = []
+seen, read = [], []
+item = TokenizedDataset.__getitem__
+
+def reading(dataset, index):
+    if len(dataset) == 24:  # the training set
+        read.append(index)
+    return item(dataset, index)
+
+TokenizedDataset.__getitem__ = reading
 
 class Spy(pipeline.MethodStateCallback):
     def on_optimizer_step(self, args, state, control, **others):
@@ -33,7 +42,8 @@ class Spy(pipeline.MethodStateCallback):
     def on_train_end(self, args, state, control, **others):
         super().on_train_end(args, state, control, **others)
         trained = {{name: p.detach() for name, p in self.theseus.named_parameters() if p.requires_grad}}
-        kept = {{"dskd": self.dskd.state_dict(), "trained": trained, "seen": seen, "process": args.process_index}}
+        kept = {{"dskd": self.dskd.state_dict(), "trained": trained, "seen": seen, "read": read}}
+        kept["process"] = args.process_index
         torch.save(kept, os.path.join({folder!r}, "rank" + os.environ["RANK"] + ".pt"))
 
 pipeline.MethodStateCallback = Spy
@@ -77,6 +87,12 @@ def test_both_ranks_hold_the_same_gradient_of_dskd(ranks):
     (constant, gradients), (other_constant, other_gradients) = ranks.first["dskd"]["held"], ranks.second["dskd"]["held"]
     assert torch.equal(constant, other_constant)
     assert all(torch.equal(one, other) for one, other in zip(gradients, other_gradients, strict=True))
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_the_ranks_share_the_examples_of_every_epoch(ranks, epoch):
+    halves = [kept["read"][12 * epoch : 12 * (epoch + 1)] for kept in (ranks.first, ranks.second)]
+    assert sorted(halves[0] + halves[1]) == list(range(24))
 
 
 def test_both_ranks_end_with_the_same_weights(ranks):

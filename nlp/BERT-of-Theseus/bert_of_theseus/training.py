@@ -1,7 +1,6 @@
 """The transformers Trainer with the DSKD loss added; callbacks that follow the optimizer and keep the record."""
 
 import copy
-import dataclasses
 import os
 import re
 import shutil
@@ -12,11 +11,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 from bert_of_theseus.metrics import compute
 from bert_of_theseus.modeling import TheseusModel
+from bert_of_theseus.sampling import LengthGrouped
 from bert_of_theseus.tasks import Task
 from common.directions import DirectionRecord
 from common.errors import UserError
@@ -25,6 +25,10 @@ from common.record import RunRecord
 from common.svd_loss import DirectionSensitivityLoss
 
 METHOD_STATE = "method_state.pt"
+# what asks the Trainer for batches of similar length: before transformers 5, and since
+_BY_LENGTH = ("group_by_length", True)
+if hasattr(TrainingArguments, "train_sampling_strategy"):
+    _BY_LENGTH = ("train_sampling_strategy", "group_by_length")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -90,6 +94,17 @@ class DistillationTrainer(Trainer):
 
     def _clock(self) -> tuple[int, float]:
         return self.totals["examples"], time.perf_counter() - self.totals["evaluation_seconds"]
+
+    def _get_train_sampler(self, *args) -> Sampler | None:
+        name, value = _BY_LENGTH
+        if getattr(self.args, name) != value:
+            return super()._get_train_sampler(*args)
+        return LengthGrouped(
+            self.train_dataset.lengths.tolist(),
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            self.args.seed,
+            epoch=lambda: int(self.state.epoch),  # has a fraction within an epoch
+        )
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
         # the Trainer would group by length here, too, and return predictions in another order than the file's
@@ -254,9 +269,7 @@ def training_arguments(args, output_dir: Path, **overrides) -> TrainingArguments
         "dataloader_pin_memory": not use_cpu,
     }
     if not args.pad_to_max_length:
-        names = {field.name for field in dataclasses.fields(TrainingArguments)}
-        by_length = {"train_sampling_strategy": "group_by_length"}  # transformers 5; before, group_by_length
-        settings.update(by_length if "train_sampling_strategy" in names else {"group_by_length": True})
+        settings.update([_BY_LENGTH])
     arguments = TrainingArguments(**{**settings, **overrides})
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several GPUs are for torchrun: in DataParallel every replica would draw for itself
@@ -264,9 +277,8 @@ def training_arguments(args, output_dir: Path, **overrides) -> TrainingArguments
 
 
 def collator(tokenizer) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
-    """Pads a batch to its longest example and leaves out what is no input of the model."""
-    pad = DataCollatorWithPadding(tokenizer)
-    return lambda items: pad([{key: value for key, value in item.items() if key != "length"} for item in items])
+    """Pads a batch to its longest example."""
+    return DataCollatorWithPadding(tokenizer)
 
 
 def metrics_function(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -287,7 +299,13 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def save_student(student: nn.Module, tokenizer, folder: Path, card: str) -> None:
-    """Write a plain transformers checkpoint with tokenizer and model card, aside and then renamed into place."""
+    """Write a plain transformers checkpoint with tokenizer and model card, aside and then renamed into place.
+
+    Raises:
+        FloatingPointError: weights that are not finite.
+    """
+    if not all(parameter.isfinite().all() for parameter in student.parameters()):
+        raise FloatingPointError(f"the weights of {folder.name} are not finite")
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     copy.deepcopy(student).to("cpu", torch.float32).save_pretrained(aside)
