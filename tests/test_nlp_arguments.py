@@ -19,6 +19,7 @@ SEED_COMMAND = """--model_name_or_path M --task_name RTE --do_train --do_eval --
 BASE = "--model_name_or_path M --task_name RTE --output_dir O "
 TRAIN = BASE + "--do_train --do_eval "
 CUSTOM = "--model_name_or_path M --task_name custom --output_dir O "
+CUSTOM_REGRESSION = CUSTOM + "--do_train --train_file f --text_columns a --label_column b --regression "
 
 
 def parse(line: str):
@@ -95,7 +96,14 @@ def test_dskd_switched_by_another_word_is_refused():
         (TRAIN + "--ifsvd --basis update --direction released", "--direction released"),
         (TRAIN + "--ifsvd --basis update --smoothing 0", "--smoothing"),
         (TRAIN + "--ifsvd --direction released --smoothing 0.1", "--smoothing"),
+        (TRAIN + "--ifsvd --drift 0.01", "--drift"),
+        (TRAIN + "--ifsvd --drift 0.01 --svd_steps 10 --grad_steps 10", "--drift"),
         (TRAIN + "--if_svd false --basis update", "--basis"),
+        *(
+            (line + f"--method {method} --kd_temperature 5", "--kd_temperature")
+            for line in (TRAIN.replace("RTE", "STS-B"), CUSTOM_REGRESSION)
+            for method in ("kd", "pkd")
+        ),
         (TRAIN + "--lambda_size=0.1", "--lambda_size"),
         (TRAIN + "--method finetune --replacing_rate 0.3", "--replacing_rate"),
         (TRAIN + "--method finetune --scheduler_type linear", "--scheduler_type"),
@@ -160,6 +168,7 @@ def test_a_flag_without_effect_is_refused_by_name(line, flag):
         (TRAIN + "--lambda 0.1", "--lambda"),
         ("--task_name RTE --output_dir O --do_train", "--model_name_or_path"),
         (TRAIN + "--method dream", "--method"),
+        (TRAIN.replace("RTE", "RTF"), "RTF"),
     ],
 )
 def test_what_contradicts_is_missing_or_unknown_is_named(line, named):
@@ -215,6 +224,16 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback():
 def test_a_test_file_may_stand_beside_the_training_file_when_predicting():
     args = parse(CUSTOM + "--do_predict --train_file f --test_file g --text_columns a b --label_column c")
     assert (args.text_columns, args.test_file) == (["a", "b"], "g")
+
+
+def test_drift_is_taken_where_a_gradient_can_be_held_on():
+    assert parse(TRAIN + "--ifsvd --drift 0.01 --svd_steps 10 --grad_steps 9").drift == 0.01
+    assert parse(TRAIN + "--ifsvd --drift 0 --svd_steps 10").drift == 0
+
+
+@pytest.mark.parametrize("line", [TRAIN, TRAIN.replace("RTE", "STS-B"), CUSTOM_REGRESSION])
+def test_the_temperature_has_its_default_where_it_is_not_given(line):
+    assert parse(line + "--method kd").kd_temperature == 10
 
 
 def test_help_takes_less_than_two_seconds_and_explains_every_flag():

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: the record, DSKD, methods, selection, prediction, resuming, precision, bad input."""
+"""Whole runs on a tiny model: the record, DSKD, methods, selection, prediction, resuming, precision."""
 
 import json
 import math
@@ -16,25 +16,20 @@ from nlp_fixtures import (
     assert_same_bits,
     execute,
     flags,
+    lines,
     log_of,
     result_of,
     sentences,
+    snapshot,
     tiny,  # noqa: F401
     tiny_config,
     tiny_tokenizer,
     weights_of,
-    write_rte,
 )
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertModel,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-)
+from transformers import AutoModelForSequenceClassification, BertModel
 
-from bert_of_theseus import loading, pipeline
+from bert_of_theseus import pipeline
 from bert_of_theseus.training import METHOD_STATE, DistillationTrainer, last_checkpoint
-from common.errors import run_cli
 
 STORY = ("--finetune_predecessor", "--predecessor_num_train_epochs", "2", "--predecessor_learning_rate", "2e-3")
 STORY += ("--max_steps", "2", "--replacing_rate", "1.0", "--scheduler_type", "constant")
@@ -61,14 +56,6 @@ RESULT_FIELDS = {
 
 def predictor_of(folder):
     return AutoModelForSequenceClassification.from_pretrained(folder).eval()
-
-
-def lines(path):
-    return path.read_text().splitlines()
-
-
-def snapshot(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +347,17 @@ def test_a_checkpoint_in_half_precision_trains_in_single_precision(tiny, tmp_pat
     assert set(trained_in) == {torch.float32}
 
 
+@pytest.mark.parametrize("named", ["multi_label_classification", "regression"])
+def test_the_task_and_not_the_models_config_says_what_kind_of_problem_it_is(tiny, tmp_path, named):  # noqa: F811
+    model = shutil.copytree(tiny.model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "problem_type": named}))
+    for name, where in (("named", model), ("plain", tiny.model)):
+        execute(flags(tiny, tmp_path / name, "--max_steps", "2", model=where))
+    assert predictor_of(tmp_path / "named" / "student").config.problem_type == "single_label_classification"
+    assert_same_bits(weights_of(tmp_path / "named" / "student"), weights_of(tmp_path / "plain" / "student"))
+
+
 # evaluation, selection, prediction
 
 
@@ -497,6 +495,14 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one(tiny, tmp_path,
         assert second[key] == first[key]
 
 
+def test_a_run_resumed_within_its_second_epoch_goes_on_with_the_examples_that_were_left(tiny, tmp_path):  # noqa: F811
+    more = ("--max_steps", "6", "--save_steps", "4")
+    execute(flags(tiny, tmp_path / "whole", *more))
+    interrupt(tmp_path / "whole", tmp_path / "resumed", 4)
+    execute(flags(tiny, tmp_path / "resumed", *more, "--resume"))
+    assert_same_bits(weights_of(tmp_path / "resumed" / "student"), weights_of(tmp_path / "whole" / "student"))
+
+
 def test_a_resumed_run_counts_the_time_of_both_parts(tiny, tmp_path):  # noqa: F811
     more = ("--max_steps", "4", "--save_steps", "2")
     execute(flags(tiny, tmp_path / "whole", *more))
@@ -584,183 +590,6 @@ def test_a_custom_regression_reads_jsonl_pairs_and_compresses_with_dskd(tiny, tm
     assert (result["metric"], result["last_evaluation"].keys()) == ("pearson", {"dev_pearson", "dev_spearman"})
     assert predictor_of(tmp_path / "run" / "student").config.num_labels == 1
     assert all(math.isfinite(line["task_loss"]) for line in log_of(tmp_path / "run", "task_loss"))
-
-
-# bad input: one line, exit code 2, nothing overwritten
-
-
-@pytest.fixture
-def complaint(capfd):
-    """Runs a command line that must be refused; returns its one line on stderr."""
-
-    def refused(words: list[str]) -> str:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            run_cli(lambda: execute(words))
-        assert caught.value.code == 2
-        message = capfd.readouterr().err
-        assert message.startswith("error: ")
-        assert message.count("\n") == 1
-        return message
-
-    return refused
-
-
-@pytest.fixture
-def own(tmp_path, tiny):  # noqa: F811
-    """A copy of the data to spoil, and an output folder."""
-    data = write_rte(tmp_path / "data")
-    return SimpleNamespace(
-        data=data,
-        output=tmp_path / "run",
-        words=flags(SimpleNamespace(**{**vars(tiny), "data": data}), tmp_path / "run"),
-    )
-
-
-def spoil_missing(data):
-    (data / "dev.tsv").unlink()
-
-
-def spoil_columns(data):
-    rows = lines(data / "train.tsv")
-    rows[3] += "\textra"
-    (data / "train.tsv").write_text("\n".join(rows))
-
-
-def spoil_label(data):
-    (data / "train.tsv").write_text((data / "train.tsv").read_text() + "99\ta\tb\tmaybe\n")
-
-
-def spoil_empty(data):
-    (data / "train.tsv").write_text("")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "told"),
-    [
-        (spoil_missing, ["dev.tsv: no such file"]),
-        (spoil_columns, ["train.tsv line 4", "expected 4 columns, got 5"]),
-        (spoil_label, ["train.tsv line 26", "unknown label 'maybe'", "entailment, not_entailment"]),
-        (spoil_empty, ["train.tsv: empty file"]),
-    ],
-)
-def test_bad_data_is_located_and_nothing_is_written(own, complaint, spoil, told):
-    spoil(own.data)
-    message = complaint(own.words)
-    assert all(part in message for part in told)
-    assert not own.output.exists()
-
-
-@pytest.mark.parametrize(
-    ("more", "told"),
-    [
-        (("--ifsvd", "--rank_size", "-1"), "--rank_size"),
-        (("--num_successor_layers", "3"), "4 layers do not divide into 3 groups; possible are 1, 2, 4"),
-        (("--method", "finetune", "--num_successor_layers", "5"), "the model has 4 layers"),
-        (("--method", "finetune", "--num_successor_layers", "3", "--ifsvd"), "do not divide into 3 groups"),
-        (("--max_seq_length", "65"), "--max_seq_length 65: the model takes 64 tokens at most"),
-        (("--max_seq_length", "4"), "a sequence length of 4 does not fit"),
-        (("--fp16",), "--fp16 needs a GPU; use --bf16"),
-        (("--evaluate_during_training", "--selection_split", "0.01"), "a selection split of 0.01 from 24 examples"),
-    ],
-)
-def test_a_bad_setting_is_named_before_an_earlier_run_is_removed(own, complaint, more, told, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    own.output.mkdir()
-    (own.output / "result.json").write_text("{}")
-    assert told in complaint([*own.words, "--overwrite_output_dir", *more])
-    assert snapshot(own.output) == {"result.json": b"{}"}
-
-
-def test_an_unknown_task_is_told_the_known_ones(own, complaint):
-    own.words[own.words.index("RTE")] = "RTF"
-    assert "RTE" in complaint(own.words)
-
-
-def test_an_output_folder_in_use_is_refused_and_left_as_it_is(own, complaint):
-    own.output.mkdir()
-    (own.output / "notes.txt").write_text("mine")
-    assert f"--output_dir {own.output} is in use" in complaint(own.words)
-    assert snapshot(own.output) == {"notes.txt": b"mine"}
-
-
-def test_an_output_folder_that_is_a_file_is_refused(own, complaint):
-    own.output.write_text("mine")
-    assert "is a file" in complaint([*own.words, "--overwrite_output_dir"])
-    assert own.output.read_text() == "mine"
-
-
-def test_overwriting_removes_the_earlier_run_and_nothing_else(own):
-    stale = own.output / "checkpoint-900"
-    stale.mkdir(parents=True)
-    (own.output / "notes.txt").write_text("mine")
-    execute([*own.words, "--overwrite_output_dir", "--max_steps", "1"])
-    assert not stale.exists()
-    assert (own.output / "notes.txt").read_text() == "mine"
-    assert result_of(own.output)["steps"] == 1
-
-
-def test_a_model_that_cannot_be_downloaded_is_told_what_to_give_instead(own, complaint, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    own.words[1] = "no-such-organisation/no-such-model"
-    message = complaint(own.words)
-    assert "--model_name_or_path no-such-organisation/no-such-model cannot be loaded" in message
-    assert "folder with config.json" in message
-    assert not own.output.exists()
-
-
-def test_a_model_folder_that_is_not_there_is_named(own, complaint):
-    own.words[1] = "/no/such/folder"
-    assert "--model_name_or_path /no/such/folder cannot be loaded" in complaint(own.words)
-
-
-def test_a_model_of_another_task_is_refused(own, complaint, tmp_path):
-    AutoModelForSequenceClassification.from_config(tiny_config(num_labels=3)).save_pretrained(tmp_path / "three")
-    tiny_tokenizer().save_pretrained(tmp_path / "three")
-    own.words[1] = str(tmp_path / "three")
-    assert "its classifier does not have the 2 output(s) of RTE" in complaint(own.words)
-
-
-def test_a_model_with_its_layers_elsewhere_is_refused(own, complaint, tmp_path):
-    config = DistilBertConfig(vocab_size=60, dim=32, hidden_dim=48, n_layers=2, n_heads=2, max_position_embeddings=64)
-    DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "distilbert")
-    tiny_tokenizer().save_pretrained(tmp_path / "distilbert")
-    own.words[1] = str(tmp_path / "distilbert")
-    assert "DistilBertForSequenceClassification has no encoder.layer stack" in complaint(own.words)
-
-
-def test_resuming_without_a_run_is_refused(own, complaint):
-    assert f"--resume: there is no run in {own.output}" in complaint([*own.words, "--resume"])
-
-
-def test_resuming_with_other_settings_is_refused(tiny, trained, tmp_path, complaint):  # noqa: F811
-    output = tmp_path / "run"
-    interrupt(trained, output, 4)
-    before = snapshot(output)
-    more = ("--num_train_epochs", "2", "--evaluate_during_training", "--save_steps", "2", "--basis", "update")
-    message = complaint(flags(tiny, output, *DSKD, *more, "--resume"))
-    assert f"the run in {output} has basis own, not update" in message
-    assert snapshot(output) == before
-
-
-def test_a_checkpoint_with_its_labels_in_another_order_is_refused(own, complaint, tmp_path, tiny):  # noqa: F811
-    model = AutoModelForSequenceClassification.from_pretrained(tiny.model)
-    model.config.id2label = {0: "not_entailment", 1: "entailment"}
-    model.save_pretrained(tmp_path / "other")
-    tiny_tokenizer().save_pretrained(tmp_path / "other")
-    words = flags(tiny, tmp_path / "out", "--ifsvd", model=tmp_path / "other")
-    assert "has its labels in the order not_entailment, entailment" in complaint(words)
-
-
-def test_a_run_that_diverges_says_so(own, complaint):
-    message = complaint([*own.words, "--method", "finetune", "--learning_rate", "1e30", "--max_steps", "3"])
-    assert "the run diverged" in message
-    assert "--learning_rate" in message
-
-
-def test_lower_casing_that_the_tokenizer_does_not_do_is_refused(own, complaint, monkeypatch):
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda *_, **__: tiny_tokenizer(do_lower_case=False))
-    assert "--do_lower_case has no effect on the tokenizer" in complaint([*own.words, "--do_lower_case"])
 
 
 def test_lower_casing_makes_a_cased_model_read_all_text_alike(tiny, tmp_path):  # noqa: F811

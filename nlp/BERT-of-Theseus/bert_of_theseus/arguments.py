@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 
+from bert_of_theseus.tasks import get_task
 from common.errors import Parser, UserError
 
 DSKD_SETTINGS = ("lambda_size", "rank_size", "svd_steps", "grad_steps", "drift", "smoothing", "basis", "svd_driver")
@@ -123,7 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--drift",
         type=_at_least(float, 0),
         default=0.0,
-        help="after GRAD_STEPS steps, hold the gradient on while no matrix moved by more than this share of its norm",
+        help="after GRAD_STEPS steps, fewer than SVD_STEPS, hold the gradient on while no matrix moved by more than "
+        "this share of its norm",
     )
     dskd.add_argument(
         "--smoothing",
@@ -204,7 +206,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse and check a command line.
 
     Raises:
-        UserError: an unknown flag, a value out of range, flags that contradict each other or would have no effect.
+        UserError: an unknown flag or task, a value out of range, flags that contradict each other or would have no
+            effect.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -219,6 +222,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UserError("nothing to do: give --do_train, --do_eval or --do_predict")
     is_custom = args.task_name.lower() == "custom"
+    is_regression = args.regression if is_custom else get_task(args.task_name).regression
     if is_custom:
         refuse(("data_dir",), "is for GLUE tasks; --task_name custom takes --train_file, --dev_file and --test_file")
         missing = [name for name in ("text_columns", "label_column") if not given[name]]
@@ -256,6 +260,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         refuse(_ONLY_WITH_KD, f"has no effect with --method {args.method}")
     if args.method != "pkd":
         refuse(("pkd_beta",), f"has no effect with --method {args.method}")
+    if is_regression:
+        refuse(("kd_temperature",), "has no effect on a regression, whose targets have no softmax")
     if args.method == "finetune" and args.if_svd and not args.num_successor_layers:
         raise UserError(
             "--ifsvd with --method finetune needs --num_successor_layers: a student smaller than its teacher"
@@ -279,6 +285,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--evaluate_during_training needs --do_eval")
     args.grad_steps = args.grad_steps or args.svd_steps
     args.eval_steps = args.eval_steps or args.save_steps
+    if args.drift > 0 and args.grad_steps >= args.svd_steps:
+        raise UserError(
+            f"--drift has no effect unless --grad_steps is less than --svd_steps ({args.svd_steps}): directions are "
+            "chosen anew before a gradient could be held on"
+        )
     return args
 
 

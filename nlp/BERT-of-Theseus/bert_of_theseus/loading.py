@@ -2,6 +2,7 @@
 
 import argparse
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from bert_of_theseus.data import load_task_data, selection_split
@@ -37,6 +38,8 @@ def load_model(args: argparse.Namespace, task: Task):
     try:
         named = AutoConfig.from_pretrained(name, cache_dir=args.cache_dir).id2label or {}
         tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=args.cache_dir, **lower)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers 5 makes one up where there is none
+            raise ValueError("there is no tokenizer.")
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             name, cache_dir=args.cache_dir, num_labels=task.num_outputs, output_loading_info=True, **labels
         )
@@ -47,12 +50,16 @@ def load_model(args: argparse.Namespace, task: Task):
             f"--model_name_or_path {name}: its classifier does not have the {task.num_outputs} output(s) of "
             f"{task.name}; give a model fine-tuned on that task, or a pretrained one"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
+        if isinstance(error, SafetensorError):
+            reason = f"its weights are cut off, or the pointer of Git LFS to them ({reason})."
         raise UserError(
             f"--model_name_or_path {name} cannot be loaded: {reason} Give a folder with config.json, "
             "model.safetensors and a tokenizer, or a hub name that can be downloaded."
         ) from error
+    # a model of another task may name that one's, by which transformers would choose the loss
+    model.config.problem_type = "regression" if task.regression else "single_label_classification"
     order = [str(named[i]).lower() for i in sorted(named)]
     expected = [label.lower() for label in task.labels]
     if order != expected and sorted(order) == sorted(expected):
@@ -75,7 +82,7 @@ def load_model(args: argparse.Namespace, task: Task):
 
 
 def check_layers(args: argparse.Namespace, layers: int) -> None:
-    """Refuse a number of student layers that the method cannot make from the model's (UserError)."""
+    """Refuse a number of student layers that the method cannot make, or with which it is another one (UserError)."""
     count = args.num_successor_layers
     if not args.do_train or (args.method == "finetune" and not count):
         return
@@ -86,6 +93,8 @@ def check_layers(args: argparse.Namespace, layers: int) -> None:
             raise UserError(f"--num_successor_layers: {error}") from None
     elif count > layers:
         raise UserError(f"--num_successor_layers {count}: the model has {layers} layers")
+    if args.method == "pkd" and (count or default_successor_layers(layers)) == 1:
+        raise UserError("--method pkd with one student layer has no hidden states to compare; it would be --method kd")
 
 
 def default_successor_layers(layers: int) -> int:

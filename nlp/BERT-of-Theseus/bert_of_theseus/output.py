@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from common.errors import UserError
@@ -11,15 +12,22 @@ from common.files import write_json
 # what a run writes, and what --overwrite_output_dir therefore may remove
 _WRITTEN = ("checkpoint-*", "student", "student_best", "predecessor", "predictions", "runs", "metrics.jsonl")
 _WRITTEN += ("directions.jsonl", "config.json", "result.json", "evaluation.json")
+_READ = ("model_name_or_path", "data_dir", "train_file", "dev_file", "test_file", "cache_dir")
 # what a resumed run may be given otherwise than the run that it continues
 _FREE_ON_RESUME = ("resume", "overwrite_output_dir", "output_dir", "data_dir", "cache_dir", "do_predict", "test_file")
 _FREE_ON_RESUME += ("per_gpu_eval_batch_size", "save_total_limit", "report_to", "disable_tqdm", "torch_compile")
 
 
 def check_folder(folder: Path, args: argparse.Namespace) -> None:
-    """Refuse an output folder in use, or one without the run that `--resume` is to continue (UserError)."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file")
+    """Refuse an output folder that cannot be used, before anything is read or removed.
+
+    Raises:
+        UserError: it cannot be written to; it is in use; the run is to read what `--overwrite_output_dir` removes; it
+            has no run, or that of other settings, for `--resume` to continue.
+    """
+    _check_writable(folder)
+    if args.do_train and args.overwrite_output_dir:
+        _check_inputs_stay(folder, args)
     if args.resume:
         if not (folder / "config.json").exists():
             raise UserError(f"--resume: there is no run in {folder} to continue")
@@ -34,9 +42,34 @@ def check_folder(folder: Path, args: argparse.Namespace) -> None:
 def claim_folder(folder: Path, args: argparse.Namespace) -> None:
     """Only now, with data and model read, is an earlier run removed."""
     if args.do_train and args.overwrite_output_dir:
-        for pattern in _WRITTEN:
-            for path in folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in _earlier_run(folder):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     if args.do_train:
         write_json(folder / "config.json", vars(args))  # before the predecessor trains, for --resume to find
+
+
+def _earlier_run(folder: Path) -> list[Path]:
+    return [path for pattern in _WRITTEN for path in folder.glob(pattern)]
+
+
+def _check_writable(folder: Path) -> None:
+    """Tried out, as permissions tell little to root or of a file system that is read-only; leaves nothing behind."""
+    try:
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if not nearest.is_dir():
+            raise UserError(f"--output_dir {folder}{' is' if nearest == folder else f': {nearest} is'} a file")
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror}") from None
+
+
+def _check_inputs_stay(folder: Path, args: argparse.Namespace) -> None:
+    removed = [path.resolve() for path in _earlier_run(folder)]
+    for name in _READ:
+        path = Path(getattr(args, name) or "")
+        if name == "model_name_or_path":
+            path /= "config.json"  # an earlier run's has the same name
+        if getattr(args, name) and path.exists() and any(path.resolve().is_relative_to(gone) for gone in removed):
+            raise UserError(f"--overwrite_output_dir would remove --{name} {getattr(args, name)}; give another folder")
