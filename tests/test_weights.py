@@ -34,6 +34,15 @@ def test_runs_with_a_teacher_get_a_line_each(tmp_path, monkeypatch, capsys):
     assert "copied" in capsys.readouterr().out
 
 
+def test_another_teacher_than_the_runs_is_refused(tmp_path, monkeypatch):
+    teacher = save_teacher(tmp_path / "teacher")
+    short_run(tmp_path / "run", teacher)
+    save_teacher(teacher, seed=8)
+    monkeypatch.setattr(sys, "argv", ["weights.py", str(tmp_path / "run")])
+    with pytest.raises(UserError, match="teacher is not the teacher that run was distilled from"):
+        weights.main()
+
+
 def test_folders_without_a_teacher_are_refused(tmp_path, monkeypatch):
     short_run(tmp_path / "vanilla", None, "DISTILLER.TYPE vanilla DISTILLER.TEACHER ''")
     monkeypatch.setattr(sys, "argv", ["weights.py", str(tmp_path / "vanilla")])

@@ -21,7 +21,7 @@ def weight_pairs(run: Run) -> Pairs:
     """(name, student weight, teacher weight) of every layer pair.
 
     Raises:
-        UserError: the teacher is not on this machine, or a network cannot be read or does not pair up.
+        UserError: the teacher is not on this machine or another one, or a network cannot be read or does not pair up.
     """
     return _of_images(run) if run.vision else _of_text(run)
 
@@ -29,10 +29,13 @@ def weight_pairs(run: Run) -> Pairs:
 def _of_images(run: Run) -> Pairs:
     from cv.dskd import layer_pairs
     from cv.export import load_model
-    from cv.teachers import find_teacher
+    from cv.teachers import find_teacher, weights_hash
 
     cfg = CfgNode(run.config)
-    student, teacher = (load_model(Path(folder))[0] for folder in (run.folder / "student", find_teacher(cfg)))
+    folder = find_teacher(cfg)
+    student, teacher = (load_model(each)[0] for each in (run.folder / "student", folder))
+    if weights_hash(folder) != (run.result or {}).get("teacher_sha256", weights_hash(folder)):
+        raise UserError(f"{folder} is not the teacher that {run.folder.name} was distilled from")
     return layer_pairs(student, teacher, cfg.DSKD)
 
 
