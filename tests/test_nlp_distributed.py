@@ -34,6 +34,10 @@ def reading(dataset, index):
 TokenizedDataset.__getitem__ = reading
 
 class Spy(pipeline.MethodStateCallback):
+    def on_train_begin(self, args, state, control, **others):
+        super().on_train_begin(args, state, control, **others)
+        read.clear()  # what was looked at to find the lengths
+
     def on_optimizer_step(self, args, state, control, **others):
         super().on_optimizer_step(args, state, control, **others)
         gradients = [p.grad for m in self.theseus.theseus_modules for p in m.successor.parameters()]
