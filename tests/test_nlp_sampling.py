@@ -31,6 +31,7 @@ def test_a_pass_takes_the_order_of_the_epoch_that_it_starts_in():
 
 def test_seeds_have_orders_of_their_own():
     assert order(seed=5) != order(seed=7)
+    assert order(seed=5, epoch=1) != order(seed=6, epoch=0)
 
 
 def test_drawing_an_order_leaves_the_global_generator_alone():

@@ -36,7 +36,7 @@ class PlainGlue:
         self.model, self.bf16 = model.train(), bf16
         self.device = next(model.parameters()).device
         items = list(dataset)
-        self.names = [name for name in items[0] if name != "length"]
+        self.names = list(items[0])
         tensors = TensorDataset(*(torch.tensor([item[name] for item in items]) for name in self.names))
         on_gpu = self.device.type == "cuda"
         self.loader = DataLoader(tensors, batch, shuffle=True, drop_last=True, pin_memory=on_gpu)

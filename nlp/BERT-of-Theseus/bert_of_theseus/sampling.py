@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -29,5 +30,7 @@ class LengthGrouped(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        # not the sum: one seed's second epoch would be the next seed's first
+        state = np.random.SeedSequence((self.seed, self.epoch())).generate_state(1)
+        generator = torch.Generator().manual_seed(int(state[0]))
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
