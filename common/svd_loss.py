@@ -102,7 +102,7 @@ class DirectionSensitivityLoss:
         driver: "gram", "svd" or "randomized", see `right_singular`.
         direction: "sensitive" is DSKD. The control arms replace every matrix's gradient by another one of equal norm:
             "plain" by W_s - W_t, "random" by a random direction drawn at every expansion. "shuffled" is DSKD towards
-            teacher's matrices whose rows and columns are shuffled, which keeps their singular values and nothing else.
+            the teacher's matrices with rows and columns shuffled, which keeps their singular values and nothing else.
             "released" replaces the gradient by that of the authors' release (common/released.py), with its own norm
             and for the basis "own" only.
         alpha: the blend of gradient (0) and curvature (1), if it is to stay the same; `None` = the progress.
@@ -392,8 +392,10 @@ class DirectionSensitivityLoss:
 
     def _generators(self, names: list[str], *purpose: int) -> list[torch.Generator]:
         """One a pair, a function of the step, so that ranks agree and resumed runs repeat."""
-        keys = [(self._seed, self.steps, self._names.index(name), *purpose) for name in names]
-        return [torch.Generator().manual_seed(hash(key) % 2**63) for key in keys]
+        return [self._generator(self.steps, self._names.index(name), *purpose) for name in names]
+
+    def _generator(self, *key: int) -> torch.Generator:
+        return torch.Generator().manual_seed(hash((self._seed, *key)) % 2**63)
 
     def _start_directions(self, group: Group) -> None:
         """For `update` before there is one: the leading directions of the student's weights."""
@@ -494,7 +496,7 @@ class DirectionSensitivityLoss:
 
     def _shuffled(self, name: str, teacher_mn: Tensor) -> Tensor:
         """A pair's teacher with its rows and columns in a random order, the same at every call."""
-        generator = torch.Generator().manual_seed(hash((self._seed, self._names.index(name))) % 2**63)
+        generator = self._generator(self._names.index(name))
         for dim, size in enumerate(teacher_mn.shape):
             order = torch.randperm(size, generator=generator)
             teacher_mn = teacher_mn.index_select(dim, order.to(teacher_mn.device))

@@ -29,12 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of this script."""
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", help="name of a file in configs/tables, or a YAML file of your own in the same form")
-    parser.add_argument(
-        "--seeds",
-        type=_positive,
-        metavar="N",
-        help="seeds per cell (default: as the table says)",
-    )
+    parser.add_argument("--seeds", type=_positive, metavar="N", help="seeds per cell (default: as the table says)")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all of the table)")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="only these cells and what they need (default: all)")
     parser.add_argument(

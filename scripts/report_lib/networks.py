@@ -34,7 +34,8 @@ def _of_images(run: Run) -> Pairs:
     cfg = CfgNode(run.config)
     folder = find_teacher(cfg)
     student, teacher = (load_model(each)[0] for each in (run.folder / "student", folder))
-    if weights_hash(folder) != (run.result or {}).get("teacher_sha256", weights_hash(folder)):
+    recorded = (run.result or {}).get("teacher_sha256")  # older runs have none
+    if recorded and weights_hash(folder) != recorded:
         raise UserError(f"{folder} is not the teacher that {run.folder.name} was distilled from")
     return layer_pairs(student, teacher, cfg.DSKD)
 
