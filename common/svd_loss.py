@@ -102,7 +102,7 @@ class DirectionSensitivityLoss:
         driver: "gram", "svd" or "randomized", see `right_singular`.
         direction: "sensitive" is DSKD. The control arms replace every matrix's gradient by another one of equal norm:
             "plain" by W_s - W_t, "random" by a random direction drawn at every expansion. "shuffled" is DSKD towards
-            the teacher's matrices with rows and columns shuffled, which keeps their singular values and nothing else.
+            the teacher's matrices with rows and columns shuffled, which keeps their entries and singular values alone.
             "released" replaces the gradient by that of the authors' release (common/released.py), with its own norm
             and for the basis "own" only.
         alpha: the blend of gradient (0) and curvature (1), if it is to stay the same; `None` = the progress.

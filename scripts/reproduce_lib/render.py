@@ -48,8 +48,9 @@ def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, curves: Se
         reference = f'the control, "{next(iter(references.values()), table.cell(table.control).label)}"'
     notes = [
         "last: at the end of training; best: a run's best evaluation. Mean ± sample standard deviation over n seeds.",
-        f"Difference: last minus the last of {reference}, seed by seed, with its 95% confidence interval; "
-        "p of a paired t-test, not corrected for the number of comparisons.",
+        f"Difference: last minus the last of {reference}, seed by seed over the seeds that both have, with its 95% "
+        "confidence interval; p of a paired t-test, not corrected for the number of comparisons. Means of rows with "
+        "different n are of different seeds.",
     ]
     if curves:
         notes.append("Curves: over the seeds that the control and all cells of a curve have, which its axis names.")
@@ -69,7 +70,7 @@ def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, curves: Se
             notes.append(f"{text}: {'; '.join(found)}." if found else "")
     name = table.path.stem if table.path.parent == FOLDER else table.path.name
     command = f"`python scripts/reproduce.py {name}`"
-    notes.append(f"Every run is a row of [runs.csv](runs.csv); {command} makes them and this page.")
+    notes.append(f"Every run is a row of [runs.csv](runs.csv), with its command; {command} makes the whole table.")
     return "\n\n".join(filter(None, [*parts, "\n".join(f"- {note}" for note in notes if note)])) + "\n"
 
 
