@@ -1,4 +1,4 @@
-"""Figures as PNG and SVG files, the same bytes for the same figures: no dates, no versions, no random ids."""
+"""Figures as PNG and SVG files, the same bytes for the same figures, and texts in them that are no formulas."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,3 +26,8 @@ def drawn(folder: Path, name: str, size: tuple[float, float]) -> Iterator:
                     path, format=kind, metadata=metadata, dpi=150
                 ),
             )
+
+
+def plain(text: str) -> str:
+    """Text from a file, with nothing in it that is drawn as a formula or cannot be drawn."""
+    return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")

@@ -2,9 +2,12 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from common.errors import UserError
 
 
 def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
@@ -24,3 +27,25 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Refuse a folder, there or yet to be made, that nothing can be written to; leaves nothing behind.
+
+    Tried out, as permissions tell little to root or of a file system that is read-only.
+
+    Args:
+        name: of the flag or key that gave the folder, for the message.
+        folder: with or without folders that are still to be made above it.
+
+    Raises:
+        UserError: it or what it lies in is a file, or writing fails.
+    """
+    try:
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if not nearest.is_dir():
+            raise UserError(f"{name} {folder}{' is' if nearest == folder else f': {nearest} is'} a file")
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(f"{name} {folder} cannot be written to: {error.strerror}") from None

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nlp" / "BERT-of-Theseus"))
 
 from common.errors import Parser, UserError, run_cli
-from common.files import write_text
+from common.files import check_writable, write_text
 from common.torchvision_repair import repair_torchvision
 from scripts.report_lib import comparison, single
 from scripts.report_lib.load import load_run
@@ -40,6 +40,7 @@ def main() -> None:
     output = args.output or args.folders[0] / "report.html"
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; give a file")
+    check_writable("--output" if args.output else "OUTPUT_DIR", output.parent)
     runs = [load_run(folder) for folder in args.folders]
     write_text(output, single.report(runs[0]) if len(runs) == 1 else comparison.report(runs))
     print(f"written: {output}")

@@ -4,6 +4,8 @@ python scripts/reproduce.py glue_short --set data=FOLDER --set model=ENCODER --j
 """
 
 import argparse
+import json
+import os
 import shlex
 import signal
 import sys
@@ -12,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas as pd
-import yaml
 
 from common.errors import Parser, UserError, run_cli
+from common.files import check_writable
 from scripts.reproduce_lib.collect import collect, keys, read_rows, recognised, write_rows
 from scripts.reproduce_lib.curves import draw_curves
 from scripts.reproduce_lib.launch import launch, unfinished
@@ -69,7 +71,8 @@ def main() -> None:
     if args.slurm and args.launcher != "slurm":
         raise UserError("--slurm needs --launcher slurm")
     for flag, folder in (("--output", args.output), ("--results", args.results)):
-        _check_folder(flag, folder)
+        if folder:  # before any run, whose results would have nowhere to go
+            check_writable(flag, folder)
     table = load_table(find_table(args.table))
     outputs = "reproduce-smoke" if args.smoke else "reproduce"
     output = (args.output or ROOT / "outputs" / outputs).absolute()
@@ -90,12 +93,12 @@ def main() -> None:
         _print_commands(selected, todo)
         return
 
-    def save_rows() -> pd.DataFrame:
+    def save_rows() -> tuple[pd.DataFrame, dict[Run, str]]:
         """All finished runs, those of tasks, cells and seeds that were not asked for today as well."""
-        rows = collect(every_run(), kept)
+        rows, unusable = collect(every_run(), kept)
         if len(rows):
             write_rows(rows, results / "runs.csv")
-        return rows
+        return rows, unusable
 
     failed = {}
     if not args.render_only:
@@ -106,15 +109,15 @@ def main() -> None:
             todo,
             args.jobs,
             launcher=args.launcher,
-            options={name: yaml.safe_load(value) for name, value in args.slurm},
+            options={name: _plain_value(value) for name, value in args.slurm},
             logs=output / "submitit",
             finished=lambda _: save_rows(),
         )
-    rows = save_rows()
+    rows, unusable = save_rows()
     if dropped := len(keys(earlier) - keys(rows)) if len(rows) else 0:
         why = "of other commands or --set values or of runs that are not here"
         print(f"{dropped} earlier rows, {why}, are no longer in runs.csv")
-    if len(rows):
+    if len(rows) and rows["last"].notna().any():
         summary = summarize(table, rows)
         curves = draw_curves(table, rows, results)
         render(table, summary, rows, results, curves)
@@ -122,17 +125,14 @@ def main() -> None:
         pictures = ", ".join(f"{name}.png, {name}.svg" for name in ("table", *(f"curve_{c.name}" for c in curves)))
         print(f"{len(rows)} runs in {short(results)}: runs.csv, table.md, table.tex, table.csv, {pictures}")
     else:
-        print(f"no run with these commands and --set values has finished in {short(output)}, so there is no table")
+        nothing = "has measured anything" if len(rows) else "has finished"
+        print(f"no run with these commands and --set values {nothing} in {short(output)}, so there is no table")
+    for run, reason in unusable.items():
+        print(f"{run.title} is not in the table: {reason}")
     if failed:
         print(f"{len(failed)} of {len(todo)} runs failed: " + ", ".join(run.title for run in failed))
+    if failed or unusable:
         sys.exit(1)
-
-
-def _check_folder(flag: str, folder: Path | None) -> None:
-    """Before any run, whose results would have nowhere to go."""
-    for place in (folder, *folder.parents) if folder else ():
-        if place.exists() and not place.is_dir():
-            raise UserError(f"{flag} {folder}: {place} is a file; give a folder")
 
 
 def _selected(runs: list[Run], table: Table, tasks: list[str] | None, cells: list[str] | None) -> list[Run]:
@@ -154,8 +154,21 @@ def _print_commands(wanted: list[Run], todo: list[Run]) -> None:
 
 
 def _anchored(value: str) -> str:
-    """A path that exists here stays the same path for runs that start elsewhere; anything else is left alone."""
-    return short(Path(value)) if Path(value).exists() else value
+    """A path that exists here stays the same path for runs that start elsewhere.
+
+    Anything else is left alone, but for a slash at its end or `./` before it: a run may make the folder that it names.
+    """
+    if Path(value).exists():
+        return short(Path(value))
+    return os.path.normpath(value) if "/" in value and "://" not in value else value
+
+
+def _plain_value(text: str) -> object:
+    """A number, true or false as such, anything else as text: 10:00:00 and 0123 are times and names to Slurm."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _assignment(text: str) -> tuple[str, str]:

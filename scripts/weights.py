@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nlp" / "BERT-of-Theseus"))
 
 from common.errors import Parser, UserError, run_cli
-from common.files import write_text
+from common.files import check_writable, write_text
 from common.torchvision_repair import repair_torchvision
 from scripts.report_lib.load import load_run
 from scripts.report_lib.networks import has_networks, weight_pairs
@@ -24,6 +24,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="a CSV file for the same lines")
     args = parser.parse_args()
+    if args.output:
+        check_writable("--output", args.output.parent)
     repair_torchvision()
     import pandas as pd
 

@@ -1,8 +1,10 @@
 """The runner of the tables, with a training script that takes no time."""
 
+import fcntl
 import json
 import math
 import os
+import pickle
 import shlex
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from submitit.core.utils import FailedJobError
 
 from common.errors import UserError, run_cli
 from scripts import reproduce
@@ -31,6 +34,7 @@ for name in ("output_dir", "init", "data"):
     parser.add_argument("--" + name, type=pathlib.Path)
 parser.add_argument("--seed", type=int)
 parser.add_argument("--last", type=float, nargs="+", default=[0.0])
+parser.add_argument("--result", type=json.loads, default={})
 parser.add_argument("--fail", action="store_true")
 parser.add_argument("--hang", action="store_true")
 parser.add_argument("--seconds", type=float, default=0)
@@ -48,6 +52,7 @@ last = args.last[(args.seed - 1) % len(args.last)]
 result = dict(metric="accuracy", last=last, best=last + 1, dskd=dict(rank=32) if args.init else None, seed=args.seed,
               throughput=50 if args.init else 100, folder=str(args.output_dir.absolute()),
               command=" ".join(sys.argv), versions=dict(python="3"))
+result = result | args.result if isinstance(args.result, dict) else args.result
 (args.output_dir / "result.json").write_text(json.dumps(result))
 """
 
@@ -285,6 +290,21 @@ def test_latex_has_no_special_sign_left(run):
     assert "& $<$ 0.001 &" in text
 
 
+def test_latex_names_a_task_in_its_first_row_and_nowhere_else(run):
+    tasks = TABLE.replace("cells:", "tasks: {A: {}, B: {}}\ncells:", 1)
+    tasks = tasks.replace("value: 7.5", "value: {A: 7.5}").replace("smoke:", "  third: {label: Third}\nsmoke:")
+    tasks = tasks.replace("    needs: first\n", "").replace(', init: "{first}"', "")  # the first row is left out
+    run("--seeds", 1, "--cells", "second", "third", table=tasks)
+    lines = [line.split(" & ")[:2] for line in (run.results / "table.tex").read_text().splitlines() if " & " in line]
+    assert lines == [["Task", "Method"], ["A", "Second"], ["", "Third"], ["B", "Second"], ["", "Third"]]
+
+
+def test_a_label_is_text_and_no_formula_or_argument(run):
+    run("--seeds", 2, table=TABLE.replace("label: First", 'label: "[b] cut at $5%_$"') + CURVES)
+    assert r"{[}b] cut at \$5\%\_\$" in (run.results / "table.tex").read_text()
+    assert "[b] cut at $5%_$" in (run.results / "table.svg").read_text()
+
+
 @pytest.mark.parametrize(
     ("metric", "scale", "name"), [("top1", 1, "top-1 (%)"), ("pearson", 100, "pearson x 100"), ("loss", 1, "loss")]
 )
@@ -341,6 +361,19 @@ def test_a_row_is_compared_with_the_cell_that_it_names(run):
     assert "| Third | 3 | 6.00 ± 2.65 | 7.00 ± 2.65 | Second | +2.00 [" in markdown
     assert 'last minus the last of the row named under "compared with", seed by seed' in markdown
     assert "& Second & +2.00 [" in (run.results / "table.tex").read_text()
+
+
+@pytest.mark.parametrize(
+    ("shared", "versus", "message"),
+    [
+        ("first", "", "fake.yaml: control: 'first' is shared, one run for all seeds"),
+        ("third", ", versus: third", "fake.yaml: cells.fourth.versus: 'third' is shared, one run for all seeds"),
+    ],
+)
+def test_one_run_for_all_seeds_cannot_be_compared_with_many(write_table, shared, versus, message):
+    table = TABLE.replace("smoke:", f"  third: {{label: Third}}\n  fourth: {{label: Fourth{versus}}}\nsmoke:")
+    table = table.replace(f"{shared}: {{", f"{shared}: {{shared: true, ")
+    assert message in error_of(write_table(table))
 
 
 def test_a_control_is_compared_only_if_it_names_a_cell(run):
@@ -547,6 +580,90 @@ def test_a_file_where_a_folder_is_to_be_is_named_before_anything_runs(run, tmp_p
     assert not run.runs.exists()
 
 
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ("[]", "is no mapping; remove the folder to run this cell again"),
+        ('{"last": "much"}', "last is 'much'; a number, or null for none, is needed"),
+    ],
+)
+def test_a_result_of_no_use_is_named_and_spoils_no_table(run, capsys, result, message):
+    bad = TABLE.replace("{label: First, args: {last: [1, 2, 3]}}", f"{{label: First, args: {{result: '{result}'}}}}")
+    assert run("--seeds", 2, table=bad) == 1
+    out = capsys.readouterr().out
+    assert "first seed 1 is not in the table: " in out
+    assert message in out
+    assert pd.read_csv(run.results / "runs.csv")["cell"].tolist() == ["second", "second"]
+
+
+def test_a_run_without_a_measurement_has_a_row_and_the_others_a_table(run):
+    nothing = """{label: First, args: {result: '{"last": null, "best": null, "versions": null}'}}"""
+    assert run("--seeds", 2, table=TABLE.replace("{label: First, args: {last: [1, 2, 3]}}", nothing)) == 0
+    rows = pd.read_csv(run.results / "runs.csv").set_index(["cell", "seed"])
+    assert rows["last"].fillna(-1).to_dict() == {
+        ("first", 1): -1,
+        ("second", 1): 2,
+        ("first", 2): -1,
+        ("second", 2): 4,
+    }
+    assert "| Second | 2 |" in (run.results / "table.md").read_text()
+
+
+def test_a_table_without_any_measurement_is_not_drawn(run, capsys):
+    nothing = TABLE.replace("last: [1, 2, 3]", """result: '{"last": null}'""")
+    assert run("--seeds", 1, "--cells", "first", table=nothing) == 0
+    assert "no run with these commands and --set values has measured anything in " in capsys.readouterr().out
+    assert not (run.results / "table.md").exists()
+
+
+def test_a_cell_may_be_called_none(run, tmp_path):
+    table = TABLE.replace("  first:", "  None:").replace("control: first", "control: None")
+    table = table.replace("needs: first", "needs: None").replace("{first}", "{None}")
+    run("--seeds", 2, table=table)
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    run("--seeds", 2, "--keep-rows", "--render-only", table=table)
+    rows = pd.read_csv(run.results / "runs.csv", keep_default_na=False)
+    assert rows["cell"].tolist() == ["None", "second"] * 2
+
+
+@pytest.mark.parametrize(("before", "after"), [("data/", "data"), ("./data", "data"), ("data/cifar", "data/cifar")])
+def test_a_folder_that_a_run_has_made_is_the_one_that_it_was_given(tmp_path, monkeypatch, before, after):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("scripts.reproduce_lib.plan.ROOT", tmp_path)
+    assert reproduce._anchored(before) == after
+    (tmp_path / after).mkdir(parents=True)
+    assert reproduce._anchored(before) == after
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("10:00:00", "10:00:00"), ("0123", "0123"), ("on", "on"), ("a: b: c", "a: b: c"), ("600", 600), ("true", True)],
+)
+def test_slurm_gets_numbers_as_numbers_and_times_as_they_were_written(text, value):
+    assert reproduce._plain_value(text) == value
+
+
+def test_slurm_jobs_have_the_threads_that_they_asked_cores_for(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("cpus_per_task", "slurm_cpus_per_task"):
+        assert launching._environment("slurm", {name: 8}, jobs=1, slot=0) == {"OMP_NUM_THREADS": "8"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert launching._environment("slurm", {"cpus_per_task": 8}, jobs=1, slot=0) == {"OMP_NUM_THREADS": "3"}
+
+
+def test_what_slurm_refuses_is_one_line_and_exit_code_2(run, monkeypatch, capsys):
+    class Refusing:
+        def submit(self, *_):
+            raise FailedJobError("sbatch: error: invalid partition specified: nope")
+
+    monkeypatch.setattr(launching, "_executor", lambda *_: Refusing())
+    assert run("--launcher", "slurm", "--slurm", "slurm_partition=nope") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        error == "error: --launcher slurm: sbatch: error: invalid partition specified: nope; look at the --slurm values"
+    )
+
+
 def test_a_smoke_run_writes_outside_of_results(write_table, monkeypatch, tmp_path):
     monkeypatch.setattr(launching, "_executor", lambda *_: _AtOnce())
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
@@ -582,6 +699,12 @@ def test_a_smoke_run_writes_outside_of_results(write_table, monkeypatch, tmp_pat
         ("title: A f\x07ke", "title: A fake", "fake.yaml, line 3: special characters are not allowed"),
         ("description: {a: b}\nscript:", "script:", "fake.yaml: description: expected a text, got {'a': 'b'}"),
         ("needs: {first: x}", "needs: first", "cells.second.needs: expected a cell or a list of cells"),
+        ("seed: {label: S}\n  second:", "second:", "cells.seed: 'seed' is the name of a built-in placeholder"),
+        (
+            "published: {value: {A: 1}, source: A paper}\ntasks: {A: {values: {first: x}}}",
+            "published: {value: 7.5, source: A paper}",
+            "tasks.A.values: 'first' is already the name of a cell",
+        ),
         ("script: cv", "script: fake.py", "cells.first: cfg is missing; give the config file in base"),
     ],
 )
@@ -662,16 +785,32 @@ def test_a_command_outlives_its_killed_launcher_and_nobody_starts_it_twice(write
     text = TABLE.replace("args: {last: [1, 2, 3]}", "args: {seconds: 2}")
     first = plan(load_table(write_table(text)), {}, 1, tmp_path)[0]
     first.folder.mkdir()
-    code = "import sys; from pathlib import Path; from scripts.reproduce_lib.launch import execute\n"
-    code += f"execute({first.command()!r}, Path({str(first.folder)!r}), {{}})"
-    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    launcher = _execute_elsewhere(first)
     _wait_for(first.folder / "starts.txt")
     launcher.kill()
     launcher.wait()
     assert not first.finished
-    launching.execute(first.command(), first.folder, {})
+    launching.execute(first, {})
     assert first.finished
     assert (first.folder / "starts.txt").read_text().split() == ["start"]
+
+
+def test_who_waited_for_a_command_that_died_resumes_from_its_checkpoint(write_table, tmp_path):
+    first = plan(load_table(write_table()), {}, 1, tmp_path)[0]
+    first.folder.mkdir()
+    with (first.folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = _execute_elsewhere(first)
+        _wait_for(first.folder / launching.LOG)  # it is opened before the lock
+        (first.folder / "config.json").touch()
+    assert waiting.wait(timeout=60) == 0
+    assert (first.folder / "starts.txt").read_text().split() == ["resume"]
+
+
+def _execute_elsewhere(run: Run) -> subprocess.Popen:
+    code = "import pickle, sys; from scripts.reproduce_lib.launch import execute\n"
+    code += f"execute(pickle.loads({pickle.dumps(run)!r}), {{}})"
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
 
 
 def test_a_terminated_runner_ends_its_jobs_and_resumes_them_later(write_table, tmp_path):

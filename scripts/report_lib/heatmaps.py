@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import NullLocator
 
+from common.figures import plain
 from scripts.report_lib.load import Choice, Selected
-from scripts.report_lib.plots import drawing, panel, plain, svg
+from scripts.report_lib.plots import drawing, panel, svg
 
 _LEAST = 1e-3  # weights below are drawn like this one
 _COLUMNS = 150  # choices drawn at most

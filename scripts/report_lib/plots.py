@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from common.figures import plain
+
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito
@@ -121,8 +123,3 @@ def svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, dpi=200)
     return buffer.getvalue()
-
-
-def plain(text: str) -> str:
-    """Text from a file, with nothing in it that is drawn as a formula or cannot be drawn."""
-    return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")

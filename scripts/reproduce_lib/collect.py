@@ -23,7 +23,8 @@ def read_rows(path: Path) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame(columns=KEY)
     try:
-        rows = pd.read_csv(path, dtype=str)  # texts, so that they are written again as they were
+        # texts, so that they are written again as they were; None and NA are names of cells like any other
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     missing = [column for column in (*KEY, "last", "best") if column not in rows.columns]
@@ -55,13 +56,22 @@ def recognised(runs: Iterable[Run], rows: pd.DataFrame) -> dict[Run, dict[str, A
     return found
 
 
-def collect(runs: Iterable[Run], kept: Mapping[Run, dict[str, Any]]) -> pd.DataFrame:
-    """Rows of all finished runs, and of the runs that are not finished here but have a row in `kept`; in plan order."""
-    rows = [_row(run) if run.finished else kept.get(run) for run in runs]
+def collect(runs: Iterable[Run], kept: Mapping[Run, dict[str, Any]]) -> tuple[pd.DataFrame, dict[Run, str]]:
+    """Rows of all finished runs, and of the runs that are not finished here but have a row in `kept`; in plan order.
+
+    Returns:
+        The rows, and the runs whose `result.json` is of no use, with the reason: one of them spoils no table.
+    """
+    rows, unusable = [], {}
+    for run in runs:
+        try:
+            rows.append(_row(run) if run.finished else kept.get(run))
+        except UserError as error:
+            unusable[run] = str(error)
     # objects: empty fields would turn whole numbers into floats
     table = pd.DataFrame([row for row in rows if row], columns=None if any(rows) else KEY, dtype=object)
     last = [name for name in ("command", "placeholders") if name in table.columns]
-    return table[[name for name in table.columns if name not in last] + last]
+    return table[[name for name in table.columns if name not in last] + last], unusable
 
 
 def write_rows(rows: pd.DataFrame, path: Path) -> None:
@@ -78,9 +88,14 @@ def _row(run: Run) -> dict[str, Any]:
         result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is no JSON: {error}; remove the folder to run this cell again") from error
+    if not isinstance(result, dict):
+        raise UserError(f"{path} is no mapping; remove the folder to run this cell again")
     missing = [name for name in ("metric", "last", "best") if name not in result]
     if missing:
         raise UserError(f"{path} has no {missing[0]!r}, which tables are made of")
+    for name in ("last", "best"):
+        if result[name] is not None and not isinstance(result[name], int | float):
+            raise UserError(f"{path}: {name} is {result[name]!r}; a number, or null for none, is needed")
     row: dict[str, Any] = {"task": run.task, "cell": run.cell, "seed": run.seed}
     fields = {name: value for name, value in result.items() if name not in ("command", "seed", "versions")}
     fields["dataset"] = fields.pop("task", None)
@@ -89,7 +104,8 @@ def _row(run: Run) -> dict[str, Any]:
             row |= {f"{name}.{key}": _plain(item) for key, item in value.items() if _is_scalar(item)}
         elif _is_scalar(value):
             row[name] = _plain(value)
-    row["versions"] = pairs(result.get("versions", {}))
+    row |= {name: None for name in ("last", "best") if name not in row}  # the columns of runs.csv
+    row["versions"] = pairs(result.get("versions") or {})
     row["command"] = run.portable
     row["placeholders"] = run.placeholders
     return row

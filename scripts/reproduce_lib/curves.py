@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from common.figures import drawn
+from common.figures import drawn, plain
 from scripts.reproduce_lib.plot import entitle, metric_name
 from scripts.reproduce_lib.table import Curve, Table
 
@@ -67,7 +67,7 @@ def _panel(table: Table, curve: Curve, rows: pd.DataFrame) -> _Panel:
     places = relative_costs(rows, table.control) if curve.by_cost else pd.Series(curve.points)
     columns = {"x": places, "last_mean": last.mean(), "last_std": last.std()}
     points = pd.DataFrame(columns, dtype=float).reindex(cells)
-    points = points.assign(cell=cells, label=[table.cell(name).label for name in cells])
+    points = points.assign(cell=cells, label=[plain(table.cell(name).label) for name in cells])
     points = points[np.isfinite(points["x"]) & np.isfinite(points["last_mean"])]
     return _Panel(
         points=points.sort_values("x", kind="stable"),
@@ -88,7 +88,7 @@ def _draw(table: Table, curve: Curve, panels: dict[str, _Panel], folder: Path) -
             (_scatter if curve.by_cost else _line)(axis, curve, panel.points)
             axis.axhline(panel.control, color="tab:gray", linestyle=":", zorder=1)
             metric = metric_name(panel.metric, table.scale)
-            axis.set(title=task, xlabel=curve.label, ylabel=f"{metric}, mean of {spans(panel.seeds)}")
+            axis.set(title=task, xlabel=plain(curve.label), ylabel=f"{metric}, mean of {spans(panel.seeds)}")
             axis.grid(alpha=0.3)
         if curve.by_cost:
             legends = [axis.get_legend_handles_labels() for axis in axes]

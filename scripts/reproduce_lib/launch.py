@@ -74,8 +74,7 @@ def launch(
                 waiting.remove(run)
                 slot = slots.pop(0)
                 run.folder.mkdir(parents=True, exist_ok=True)
-                job = executor.submit(execute, run.command(), run.folder, _environment(launcher, options, jobs, slot))
-                running[run] = (job, slot)
+                running[run] = (_submit(executor, run, _environment(launcher, options, jobs, slot)), slot)
             bar.set_postfix_str("running: " + ", ".join(run.title for run in running), refresh=False)
             if time.monotonic() - drawn > interval:
                 bar.refresh()
@@ -99,16 +98,17 @@ def launch(
     return failed
 
 
-def execute(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
-    """Run one command from the repository's root, its output appended to `log.txt` in the folder.
+def execute(run: Run, environment: Mapping[str, str]) -> None:
+    """Run a run's command from the repository's root, its output appended to `log.txt` in its folder.
 
     Only one process works in a folder at a time. The lock is the command's as well: should everything around it be
-    killed, whoever comes next still waits for the command to end, and finds its result.
+    killed, whoever comes next still waits for the command to end, and finds its result or its checkpoint.
     """
-    with (folder / ".lock").open("w") as lock, (folder / LOG).open("a", encoding="utf-8") as log:
+    with (run.folder / ".lock").open("w") as lock, (run.folder / LOG).open("a", encoding="utf-8") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if (folder / "result.json").exists():
+        if run.finished:
             return
+        command = run.command()  # not earlier: whoever had the lock may have left a checkpoint to resume from
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()
         process = subprocess.Popen(
@@ -130,6 +130,15 @@ def execute(command: Sequence[str], folder: Path, environment: Mapping[str, str]
         log.write(f"exit code {code}\n")
 
 
+def _submit(executor, run: Run, environment: Mapping[str, str]):
+    from submitit.core.utils import FailedJobError
+
+    try:
+        return executor.submit(execute, run, environment)
+    except FailedJobError as error:  # sbatch refuses it
+        raise UserError(f"--launcher slurm: {error}; look at the --slurm values") from error
+
+
 def _executor(launcher: str, options: Mapping[str, Any], logs: Path):
     import submitit
 
@@ -140,15 +149,16 @@ def _executor(launcher: str, options: Mapping[str, Any], logs: Path):
         if launcher == "local":
             executor.update_parameters(timeout_min=_NO_LIMIT_MINUTES)
         executor.update_parameters(**options)
-    except (RuntimeError, NameError, TypeError, ValueError) as error:
-        raise UserError(f"--launcher {launcher}: {error}") from error
+    except (AssertionError, RuntimeError, NameError, TypeError, ValueError) as error:
+        raise UserError(f"--launcher {launcher}: {error or 'a --slurm value has the wrong type'}") from error
     return executor
 
 
 def _environment(launcher: str, options: Mapping[str, Any], jobs: int, slot: int) -> dict[str, str]:
     """Processor cores shared among the jobs, unless the user has set the threads; GPUs taken in turn."""
     if launcher == "slurm":
-        return {"OMP_NUM_THREADS": str(options.get("cpus_per_task", 1))}
+        cores = options.get("slurm_cpus_per_task", options.get("cpus_per_task", 1))
+        return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = _gpus()
     return {

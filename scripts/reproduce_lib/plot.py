@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from common.figures import drawn
+from common.figures import drawn, plain
 from scripts.reproduce_lib.render import spread_text
 from scripts.reproduce_lib.table import Cell, Table
 
@@ -22,8 +22,8 @@ def plot(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path) 
         panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
         for panel, task in zip(panels, tasks, strict=True):
             _panel(panel, table, cells, summary[summary["task"] == task], rows[rows["task"] == task])
-            panel.set_title(task)
-        panels[0].set_yticks(range(len(cells)), [cell.label for cell in cells])
+            panel.set_title(plain(task))
+        panels[0].set_yticks(range(len(cells)), [plain(cell.label) for cell in cells])
         panels[0].set_ylim(len(cells) - 0.4, -0.6)
         entitle(figure, table.title, "at the end of training; dots: seeds, diamonds: mean ± standard deviation")
 
@@ -31,7 +31,7 @@ def plot(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path) 
 def entitle(figure, title: str, what: str) -> None:
     """Write a table's title, in lines that fit the figure, and what is drawn."""
     characters = int(13 * figure.get_figwidth())  # of 9 points
-    figure.suptitle("\n".join([*textwrap.wrap(title, characters), what]), fontsize=9)
+    figure.suptitle("\n".join([*textwrap.wrap(plain(title), characters), plain(what)]), fontsize=9)
 
 
 def metric_name(metric: str, scale: float) -> str:

@@ -78,7 +78,8 @@ def latex(table: Table, summary: pd.DataFrame) -> str:
     """A booktabs table; `\\usepackage{booktabs}`."""
     columns = _columns(summary, _references(table, summary))
     if any(summary["task"]):
-        columns.insert(0, "Task", summary["task"].where(summary["task"].ne(summary["task"].shift()), ""))
+        starts = summary["task"].ne(summary["task"].shift())
+        columns.insert(0, "Task", summary["task"].where(starts, "").to_numpy())  # by position, not by index
     text = columns.to_latex(
         index=False,
         escape=True,  # not the caption
@@ -86,7 +87,7 @@ def latex(table: Table, summary: pd.DataFrame) -> str:
         caption=table.title.translate(_LATEX),
         label=f"tab:{table.name}",
     )
-    return text.translate(_MATH)
+    return text.translate(_MATH).replace("\n[", "\n{[}")  # a bracket after a row's end would be an argument of it
 
 
 def spread_text(mean: float, std: float) -> str:

@@ -149,6 +149,10 @@ def load_table(path: Path) -> Table:
     if not cells:
         raise UserError(f"{where}: cells is empty; a table needs at least one")
     names = [cell.name for cell in cells]
+    for task in tasks:
+        for key in task.values:
+            if key in names:
+                raise UserError(f"{where}: tasks.{task.name}.values: {key!r} is already the name of a cell")
     for key in placeholders:
         _check_name(key, f"{where}: placeholders")
         if key in (*RESERVED, *names):
@@ -157,7 +161,7 @@ def load_table(path: Path) -> Table:
     if control not in names:
         raise UserError(f"{where}: control: unknown cell {control!r}; {suggest(control, names)}")
     _check_needs(cells, where)
-    _check_versus(cells, where)
+    _check_versus(cells, control, where)
     return Table(
         name=name,
         path=path,
@@ -237,6 +241,8 @@ def _task(name: str, value: Any, where: str, placeholders: Mapping[str, str]) ->
 def _cell(name: str, value: Any, where: str, tasks: list[str]) -> Cell:
     where = f"{where}: cells.{name}"
     _check_name(name, where)
+    if name in RESERVED:
+        raise UserError(f"{where}: {name!r} is the name of a built-in placeholder; give another")
     value = _as_mapping(value, where)
     _check_keys(value, _CELL_KEYS, where)
     needs = value.get("needs", [])
@@ -301,12 +307,16 @@ def _check_needs(cells: tuple[Cell, ...], where: str) -> None:
                 raise UserError(f"{where}: cells.{cell.name}.needs: {need!r} must stand above {cell.name!r}")
 
 
-def _check_versus(cells: tuple[Cell, ...], where: str) -> None:
+def _check_versus(cells: tuple[Cell, ...], control: str, where: str) -> None:
+    shared = {cell.name: cell.shared for cell in cells}
     for cell in cells:
         others = [other.name for other in cells if other is not cell]
         if cell.versus and cell.versus not in others:
             problem = "this is the cell itself" if cell.versus == cell.name else f"unknown cell {cell.versus!r}"
             raise UserError(f"{where}: cells.{cell.name}.versus: {problem}; {suggest(cell.versus, others)}")
+        if not cell.shared and shared[cell.versus or control]:  # its one run would be paired with one of many
+            key, other = (f"cells.{cell.name}.versus", cell.versus) if cell.versus else ("control", control)
+            raise UserError(f"{where}: {key}: {other!r} is shared, one run for all seeds; give one with all of them")
 
 
 def _check_keys(content: Mapping, valid: tuple[str, ...], where: str) -> None:
