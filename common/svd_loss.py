@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 BASES = ("own", "update")
-DIRECTIONS = ("sensitive", "plain", "random", "shuffled", "released")
+DIRECTIONS = ("sensitive", "plain", "random", "shuffled", "shrink", "released")
 SCORES = ("sensitivity", "tempered", "magnitude", "random")
 SPANS = ("step", "interval")
 # settings that a saved state must agree with
@@ -103,6 +103,7 @@ class DirectionSensitivityLoss:
         direction: "sensitive" is DSKD. The control arms replace every matrix's gradient by another one of equal norm:
             "plain" by W_s - W_t, "random" by a random direction drawn at every expansion. "shuffled" is DSKD towards
             the teacher's matrices with rows and columns shuffled, which keeps their entries and singular values alone.
+            "shrink" is DSKD towards matrices of zeros: a weight decay along the directions, without a teacher.
             "released" replaces the gradient by that of the authors' release (common/released.py), with its own norm
             and for the basis "own" only.
         alpha: the blend of gradient (0) and curvature (1), if it is to stay the same; `None` = the progress.
@@ -482,6 +483,8 @@ class DirectionSensitivityLoss:
         if self.direction == "shuffled":
             names = [group.names[i] for i in rows]
             teacher_mn = torch.stack([self._shuffled(*each) for each in zip(names, teacher_mn, strict=True)])
+        elif self.direction == "shrink":
+            teacher_mn = torch.zeros_like(teacher_mn)
         weights = self._weights(group)[rows]
         if self.basis == "update":
             if group.left is None:

@@ -1,6 +1,5 @@
 """Every setting of the vision pipeline, with its default; YAML files and `KEY VALUE` pairs override them."""
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -14,6 +13,7 @@ from common.errors import UserError
 from cv.methods import METHODS, method_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
+_LARGEST = 3.4e38  # the largest number of float32 is just above
 
 
 def defaults() -> CfgNode:
@@ -58,7 +58,7 @@ def defaults() -> CfgNode:
     cfg.DSKD.SMOOTHING = 0.0  # of it between close singular values, docs/method.md (float, 0: exact)
     cfg.DSKD.BASIS = "own"  # own: each network's singular triplets; update: the directions of the update (str)
     cfg.DSKD.DRIVER = "gram"  # decomposition: gram (eigenvectors of W^T W), svd, or randomized for the updates (str)
-    cfg.DSKD.DIRECTION = "sensitive"  # sensitive is DSKD; plain (W_s - W_t), random, shuffled, released: controls (str)
+    cfg.DSKD.DIRECTION = "sensitive"  # sensitive is DSKD; plain, random, shuffled, shrink, released: controls (str)
     cfg.DSKD.ALPHA = -1.0  # blend of gradient (0) and curvature (1) in the score (float, -1: the progress t/T)
     cfg.DSKD.SCORE = "sensitivity"  # sensitivity, tempered, magnitude or random, see docs/method.md (str)
     cfg.DSKD.SPAN = "step"  # the update that is decomposed: of one step, or of the interval since the last choice (str)
@@ -163,6 +163,8 @@ def _set(cfg: CfgNode, key: str, value: Any, where: str) -> None:
         raise UserError(
             f"{where}: {key} must be of type {type(valid[key]).__name__} (such as {valid[key]!r}), got {value!r}"
         )
+    if isinstance(value, float) and not abs(value) <= _LARGEST:  # also true for NaN
+        raise UserError(f"{where}: {key} = {value!r}: expected a finite number, {_LARGEST:g} at most")
     node = cfg
     *parents, leaf = key.split(".")
     for parent in parents:
@@ -216,14 +218,14 @@ def _validate(cfg: CfgNode, where: str) -> None:
         ("DSKD.SVD_STEPS", dskd.SVD_STEPS >= 1, "at least 1"),
         ("DSKD.GRAD_STEPS", dskd.GRAD_STEPS >= 1, "at least 1"),
         ("DSKD.BASIS", dskd.BASIS in ("own", "update"), "own or update"),
-        ("DSKD.DRIFT", 0 <= dskd.DRIFT < math.inf, "0 or a positive number"),
-        ("DSKD.SMOOTHING", 0 <= dskd.SMOOTHING < math.inf, "0 or a positive number"),
+        ("DSKD.DRIFT", dskd.DRIFT >= 0, "0 or a positive number"),
+        ("DSKD.SMOOTHING", dskd.SMOOTHING >= 0, "0 or a positive number"),
         ("DSKD.DRIVER", dskd.DRIVER in ("gram", "svd", "randomized"), "gram, svd or randomized"),
         (
             "DSKD.DIRECTION",
-            dskd.DIRECTION in ("sensitive", "plain", "random", "shuffled")
+            dskd.DIRECTION in ("sensitive", "plain", "random", "shuffled", "shrink")
             or (dskd.DIRECTION == "released" and dskd.BASIS == "own"),
-            "sensitive, plain, random, shuffled or, with BASIS own, released",
+            "sensitive, plain, random, shuffled, shrink or, with BASIS own, released",
         ),
         (
             "DSKD.ALPHA",

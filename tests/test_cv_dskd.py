@@ -187,6 +187,7 @@ def test_the_task_loss_follows_from_dskd_alone(tmp_path, teacher, joined):
         ("DSKD.DIRECTION plain", 4),  # while all directions weigh alike, DSKD's gradient is along W_s - W_t, too
         ("DSKD.DIRECTION random", 1),
         ("DSKD.DIRECTION shuffled", 0),
+        ("DSKD.DIRECTION shrink", 0),
         ("DSKD.DIRECTION released", 1),
         ("DSKD.ALPHA 1", 3),
         ("DSKD.SCORE tempered", 3),

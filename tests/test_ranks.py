@@ -18,6 +18,7 @@ SHAPES = {"a": (6, 4), "b": (6, 4), "c": (4, 6), "alone": (5, 5), "conv": (3, 2,
 CASES = {basis: {"basis": basis} for basis in BASES} | {
     "released": {"direction": "released"},
     "shuffled": {"direction": "shuffled"},
+    "shrink": {"direction": "shrink"},
     "random": {"score": "random", "span": "interval"},
     "random gradient": {"direction": "random"},
 }

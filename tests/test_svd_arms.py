@@ -332,6 +332,30 @@ def test_the_arm_is_dskd_towards_the_shuffled_teacher(basis):
     assert_close(all_gradients(run), all_gradients(same), rtol=1e-5, atol=1e-8)
 
 
+# Without a teacher
+@every_basis
+def test_shrinking_is_dskd_towards_zeros_and_asks_nothing_of_the_teacher(basis):
+    run, same, other = Run(direction="shrink", basis=basis), Run(basis=basis), Run(direction="shrink", basis=basis)
+    for arm, change in ((same, Tensor.zero_), (other, Tensor.neg_)):
+        for W in arm.teachers.values():
+            change(W)
+    for arm in (run, same, other):
+        arm.train(2)
+    for arm in (same, other):
+        assert run.dskd().item() == pytest.approx(arm.dskd().item(), rel=1e-6)
+        assert_close(all_gradients(run), all_gradients(arm), rtol=1e-5, atol=1e-8)
+
+
+def test_shrinking_pulls_every_singular_value_by_its_weight_and_turns_no_vector():
+    run = Run(direction="shrink", rank=0)
+    run.train(2)
+    gradients = dict(zip(run.students, all_gradients(run), strict=True))
+    for name, w in run.dskd.direction_weights().items():
+        U, sigma, Vt = np.linalg.svd(flat(run.students[name]).astype(np.float64), full_matrices=False)
+        expected = (U * (2 * w.numpy() * sigma / len(SHAPES))) @ Vt
+        np.testing.assert_allclose(flat(gradients[name]), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("settings", [{"direction": "random"}, {"score": "random"}, {"direction": "shuffled"}])
 def test_a_resumed_run_repeats_the_draws_whatever_the_seed_of_its_process(settings):
     run = Run(**settings)

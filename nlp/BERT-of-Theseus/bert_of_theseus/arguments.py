@@ -141,11 +141,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     dskd.add_argument(
         "--direction",
-        choices=("sensitive", "plain", "random", "shuffled", "released"),
+        choices=("sensitive", "plain", "random", "shuffled", "shrink", "released"),
         default="sensitive",
         help="sensitive is DSKD; plain (W_s - W_t) and random are control arms with a gradient of the same norm; "
-        "shuffled is DSKD towards the teacher's matrices with rows and columns shuffled; released is the truncated "
-        "gradient of the authors' release",
+        "shuffled is DSKD towards the teacher's matrices with rows and columns shuffled, shrink DSKD towards zeros, "
+        "without a teacher; released is the truncated gradient of the authors' release",
     )
     dskd.add_argument(
         "--alpha",
