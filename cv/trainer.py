@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 from common.directions import DirectionRecord
 from common.errors import UserError
-from common.files import write_aside
+from common.files import check_writable, write_aside
 from common.record import RunRecord
 from common.svd_loss import DirectionSensitivityLoss
 from cv.blocks import copy_from_teacher
@@ -41,7 +41,7 @@ def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dic
     """Train as `cfg` says (cv/config.py) and return the contents of result.json (None on ranks other than 0).
 
     Raises:
-        UserError: bad settings, missing data or teacher, an output folder in use, a loss that is not finite.
+        UserError: bad settings, missing data or teacher, an output folder in use, a loss or student that is not finite.
     """
     solver = cfg.SOLVER
     cpu = not torch.cuda.is_available()
@@ -190,6 +190,7 @@ class _Run:
         with bar:
             for epoch in range(progress.epoch + 1, cfg.SOLVER.EPOCHS + 1):
                 self._train_epoch(epoch, bar)
+                self._check_student()  # the loss tells nothing of the last update
                 if main:
                     scores = evaluate(self.distiller.student, self.test_loader)
                     progress.history.append(scores)
@@ -233,6 +234,13 @@ class _Run:
                 values |= {"images_per_second": images_done / seconds}
                 self._log(**values, **concentration)
         progress.seconds += time.perf_counter() - start
+
+    def _check_student(self) -> None:
+        state = self.distiller.student.state_dict()
+        if not torch.stack([value.isfinite().all() for value in state.values()]).all():
+            raise UserError(
+                f"the run diverged in step {self.progress.step}: the student's weights are not finite; lower SOLVER.LR"
+            )
 
     def _concentration(self) -> dict[str, float]:
         if self.dskd is None:
@@ -295,7 +303,7 @@ class _Run:
         write_aside(self.folder / CHECKPOINT, lambda path: torch.save(state, path))
 
     def _load(self) -> None:
-        state = torch.load(self.folder / CHECKPOINT, weights_only=True, map_location="cpu")
+        state = _read_checkpoint(self.folder / CHECKPOINT)
         before = leaves(CfgNode(state["config"]))
         for key, value in leaves(self.cfg).items():
             if value != before.get(key) and key not in _FREE_ON_RESUME and not key.startswith("LOG."):
@@ -358,12 +366,21 @@ class _Run:
 
 
 def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    if file := next((each for each in (folder, *folder.parents) if each.exists() and not each.is_dir()), None):
-        raise UserError(f"OUTPUT_DIR {folder}" + (" is a file" if file == folder else f": {file} is a file"))
+    check_writable("OUTPUT_DIR", folder)
     if resume and not (folder / CHECKPOINT).exists():
         raise UserError(f"--resume: there is no {CHECKPOINT} in {folder}")
     if not (resume or overwrite) and folder.exists() and any((folder / name).exists() for name in _WRITTEN):
         raise UserError(f"OUTPUT_DIR {folder} holds a run; give --resume, --overwrite or another OUTPUT_DIR")
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # of a file that is no checkpoint torch raises whatever its bytes lead to
+        state = None
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+        raise UserError(f"--resume: {path} is not the checkpoint of a run; start again with --overwrite")
+    return state
 
 
 def _build(

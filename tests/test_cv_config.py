@@ -168,14 +168,14 @@ OUT_OF_RANGE = {
     "SOLVER.LR_DECAY_STAGES": "[0]",
     "SOLVER.LR_DECAY_RATE": "-0.1",
     "SOLVER.MOMENTUM": "1",
-    "SOLVER.WEIGHT_DECAY": ".nan",
+    "SOLVER.WEIGHT_DECAY": "-0.1",
     "SOLVER.SEED": "4294967296",
     "SOLVER.PRECISION": "fp8",
     "DSKD.LAMBDA": "-0.2",
     "DSKD.RANK": "-1",
     "DSKD.SVD_STEPS": "0",
     "DSKD.GRAD_STEPS": "0",
-    "DSKD.DRIFT": ".inf",
+    "DSKD.DRIFT": "-0.1",
     "DSKD.SMOOTHING": "-0.1",
     "DSKD.BASIS": "both",
     "DSKD.DRIVER": "qr",
@@ -192,6 +192,16 @@ OUT_OF_RANGE = {
 @pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE.items())
 def test_a_value_out_of_range_names_key_place_and_what_is_right(key, value):
     assert re.fullmatch(rf"command line: {key} = (.+): expected \S.*", refusal(BASE, key, value))
+
+
+@pytest.mark.parametrize("value", ["inf", "-.inf", "nan", ".nan", "1e39"])
+@pytest.mark.parametrize("key", ["SOLVER.LR", "SOLVER.LR_DECAY_RATE", "SOLVER.WEIGHT_DECAY", "DSKD.LAMBDA", "KD.T"])
+def test_a_number_that_is_not_finite_in_float32_is_refused(yaml, key, value):
+    expected = f"{key} = {float(value.replace('.', ''))!r}: expected a finite number, 3.4e+38 at most"
+    assert refusal(BASE, key, value) == f"command line: {expected}"
+    block, leaf = key.split(".")
+    path = yaml(f"{block}: {{{leaf}: {value}}}")
+    assert refusal(path) == f"{path}: {expected}"
 
 
 def test_every_range_that_is_checked_is_tested():

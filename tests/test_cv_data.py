@@ -126,14 +126,6 @@ def test_normalize_is_bitwise_totensor_and_normalize(channels_last):
     assert result.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def test_normalize_rounds_once_to_a_low_precision():
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    exact = (torch.arange(256, dtype=torch.float64) / 255 - 0.5) / 0.25
-    result = normalize(images, (0.5,), (0.25,), torch.bfloat16).flatten()
-    assert result.dtype == torch.bfloat16
-    torch.testing.assert_close(result.double(), exact, rtol=2**-8, atol=1e-6)  # half a unit in bfloat16's last place
-
-
 # ---------------------------------------------------------------- epochs
 
 
@@ -161,12 +153,6 @@ def test_an_epoch_repeats_bit_for_bit_in_a_new_loader():
     first = loader(image_set())
     list(first.epoch(0))
     assert_same_batches(first.epoch(7), loader(image_set()).epoch(7))
-
-
-@pytest.mark.parametrize("start_step", [0, 1, 5, 6])
-def test_starting_within_an_epoch_gives_its_remaining_batches(start_step):
-    whole = list(loader(image_set()).epoch(2))
-    assert_same_batches(loader(image_set()).epoch(2, start_step=start_step), whole[start_step:])
 
 
 def test_epochs_and_seeds_give_different_orders():
@@ -206,9 +192,8 @@ def test_drop_last_leaves_out_the_incomplete_batch():
     assert len(loader(image_set())) == 6
 
 
-def test_dtype_and_memory_format_reach_the_batches():
-    images, _, _ = next(loader(image_set(), dtype=torch.bfloat16, channels_last=True).epoch(0))
-    assert images.dtype == torch.bfloat16
+def test_the_memory_format_reaches_the_batches():
+    images, _, _ = next(loader(image_set(), channels_last=True).epoch(0))
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -238,11 +223,6 @@ def test_the_augmentation_of_an_image_does_not_depend_on_ranks_or_batch_size():
 def test_a_rank_outside_the_world_is_refused():
     with pytest.raises(ValueError, match="rank 2"):
         loader(image_set(), rank=2, world_size=2)
-
-
-def test_a_start_after_the_end_of_the_epoch_is_refused():
-    with pytest.raises(ValueError, match="step 7"):
-        next(loader(image_set()).epoch(0, start_step=7))
 
 
 def test_a_batch_larger_than_the_set_is_an_error_with_drop_last():
@@ -303,7 +283,7 @@ def test_a_class_with_too_few_images_gives_all_of_them():
 
 @pytest.mark.parametrize("subset", [0, 1438])
 def test_a_subset_of_impossible_size_is_an_error(subset):
-    with pytest.raises(UserError, match="1 to 1437"):
+    with pytest.raises(UserError, match=f"DATASET.SUBSET {subset}: expected 1 to 1437"):
         load_dataset("digits", "unused", subset=subset)
 
 
@@ -683,9 +663,8 @@ def test_missing_annotations_are_named(tmp_path):
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path):
-    with pytest.raises(
-        UserError, match="'mnist': unknown; choose from cifar100, cifar10, tiny-imagenet, folder, digits"
-    ):
+    known = "cifar100, cifar10, tiny-imagenet, folder, digits"
+    with pytest.raises(UserError, match=f"DATASET.NAME 'mnist': unknown; choose from {known}"):
         load_dataset("mnist", tmp_path)
 
 

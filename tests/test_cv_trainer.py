@@ -54,6 +54,12 @@ def whole(tmp_path_factory, teacher):
     return run
 
 
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory, teacher):
+    """The folder of a short run."""
+    return short_run(tmp_path_factory.mktemp("ended"), teacher).folder
+
+
 def files_of(folder: Path) -> dict[str, str]:
     """Content of every file below a folder, as digests."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
@@ -329,6 +335,26 @@ def test_resuming_without_a_checkpoint_is_refused(tmp_path, teacher):
     assert refusal(short_config(tmp_path, teacher), resume=True).startswith("--resume: there is no checkpoint.pt in")
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_text("junk"),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:1000]),
+        lambda path: torch.save({"weights": {}}, path),
+        lambda path: torch.save([1], path),
+    ],
+    ids=["text", "empty", "cut off", "other keys", "no keys"],
+)
+def test_resuming_from_a_broken_checkpoint_is_refused(tmp_path, teacher, ended, write):
+    shutil.copytree(ended, tmp_path, dirs_exist_ok=True)
+    checkpoint = tmp_path / "checkpoint.pt"
+    write(checkpoint)
+    message = refusal(short_config(tmp_path, teacher), resume=True)
+    assert message == f"--resume: {checkpoint} is not the checkpoint of a run; start again with --overwrite"
+    assert (tmp_path / "result.json").exists()
+
+
 # Schedule, evaluation, record
 
 
@@ -482,6 +508,11 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path, teacher):
     assert refusal(short_config(below, teacher)) == f"OUTPUT_DIR {below}: {tmp_path / 'out'} is a file"
 
 
+def test_a_folder_that_cannot_be_made_is_refused(teacher):
+    message = refusal(short_config(Path("/proc/no/such/run"), teacher))
+    assert message.startswith("OUTPUT_DIR /proc/no/such/run cannot be written to: ")
+
+
 # Teachers
 
 
@@ -589,6 +620,29 @@ def test_a_run_that_diverges_ends_with_one_line(tmp_path, teacher, overrides):
     assert "\n" not in message
 
 
+def test_a_student_that_breaks_in_the_last_update_is_not_kept(tmp_path):
+    overrides = "DISTILLER.TYPE vanilla DATASET.SUBSET 20 SOLVER.LR 3e38 SOLVER.WEIGHT_DECAY 1000"  # one step
+    message = refusal(short_config(tmp_path, None, overrides))
+    assert message == "the run diverged in step 1: the student's weights are not finite; lower SOLVER.LR"
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
+    assert "test_top1" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_batch_statistics_that_break_are_not_kept(tmp_path, teacher, monkeypatch):
+    step = cv.trainer._Run._step
+
+    def spoil_last(self, *batch):
+        result = step(self, *batch)
+        if self.progress.step + 1 == 8:
+            self.distiller.student.bn1.running_var[0] = float("inf")
+        return result
+
+    monkeypatch.setattr(cv.trainer._Run, "_step", spoil_last)
+    assert refusal(short_config(tmp_path, teacher, "SOLVER.EPOCHS 3")).startswith("the run diverged in step 8: ")
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["epoch"] == 1
+    assert not (tmp_path / "student").exists()
+
+
 def test_fp16_without_a_gpu_is_refused(tmp_path, teacher, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     message = refusal(short_config(tmp_path, teacher, "SOLVER.PRECISION fp16"))
@@ -621,8 +675,9 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_float32(tmp_path, teacher, f
 
 
 def test_an_impossible_data_set_is_one_line(tmp_path, teacher):
-    assert "choose from" in refusal(short_config(tmp_path, teacher, "DATASET.NAME mnist"))
-    assert "subset" in refusal(short_config(tmp_path, teacher, "DATASET.SUBSET 5000"))
+    assert refusal(short_config(tmp_path, teacher, "DATASET.NAME mnist")).startswith("DATASET.NAME 'mnist': unknown")
+    message = refusal(short_config(tmp_path, teacher, "DATASET.SUBSET 5000"))
+    assert message == "DATASET.SUBSET 5000: expected 1 to 1437, the training images of this data set"
 
 
 def test_compiling_takes_both_networks_and_changes_no_bit_in_eager_mode(tmp_path, teacher, monkeypatch):

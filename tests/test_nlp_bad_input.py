@@ -270,6 +270,16 @@ def test_resuming_with_other_settings_is_refused(own, complaint):
     assert snapshot(own.output) == before
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[]"])
+def test_resuming_with_broken_settings_is_refused(own, complaint, content):
+    own.output.mkdir()
+    settings = own.output / "config.json"
+    settings.write_bytes(content)
+    message = complaint([*own.words, "--resume"])
+    assert f"--resume: {settings} does not hold the settings of a run; start again with --overwrite" in message
+    assert settings.read_bytes() == content
+
+
 def test_a_checkpoint_with_its_labels_in_another_order_is_refused(own, complaint, tmp_path, tiny):  # noqa: F811
     model = AutoModelForSequenceClassification.from_pretrained(tiny.model)
     model.config.id2label = {0: "not_entailment", 1: "entailment"}

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -15,8 +16,8 @@ from common.errors import UserError
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh", "##s"]
 PAD, UNK, CLS, SEP, A = 0, 1, 2, 3, 5
-WORDS = custom_task(["text"], "label", labels=["n", "y"])
-PAIRS = custom_task(["first", "second"], "label", labels=["n", "y"])
+WORDS = replace(custom_task(["text"], "label"), labels=("n", "y"))
+PAIRS = replace(custom_task(["first", "second"], "label"), labels=("n", "y"))
 SCORES = custom_task(["text"], "score", regression=True)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from bert_of_theseus.tasks import TASKS, custom_task, get_task
 LABELS = np.array([1, 1, 1, 0, 1, 1, 0, 0])
 PREDICTED = np.array([1, 1, 1, 1, 0, 0, 0, 0])
 LOGITS = np.stack([1.0 - PREDICTED, PREDICTED], axis=1)
-CUSTOM = custom_task(["t"], "y", labels=["calm", "glad", "sad"])
+CUSTOM = replace(custom_task(["t"], "y"), labels=("calm", "glad", "sad"))
 SCORES = custom_task(["t"], "y", regression=True)
 
 

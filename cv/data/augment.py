@@ -42,16 +42,15 @@ def normalize(
     images: Tensor,
     mean: Sequence[float] | Tensor,
     std: Sequence[float] | Tensor,
-    dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> Tensor:
     """(images / 255 - mean) / std per channel of uint8 images (N, C, H, W).
 
-    Computed in float32, bitwise as torchvision's ToTensor and Normalize, and rounded once to `dtype`. `mean` and `std`
-    (C,) are copied to the device in every call unless they are tensors that lie there already.
+    Computed in float32, bitwise as torchvision's ToTensor and Normalize. `mean` and `std` (C,) are copied to the device
+    in every call unless they are tensors that lie there already.
     """
     mean = torch.as_tensor(mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
     std = torch.as_tensor(std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
-    output = images.to(torch.float32).div_(255).sub_(mean).div_(std).to(dtype)
+    output = images.to(torch.float32).div_(255).sub_(mean).div_(std)
     # after the conversion to floats: re-ordering bytes is three times slower on a CPU
     return output.contiguous(memory_format=torch.channels_last) if channels_last else output

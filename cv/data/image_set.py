@@ -80,7 +80,7 @@ def balanced_subset(labels: Tensor, size: int) -> Tensor:
     subset is contained in a larger one. A class with too few images gives all that it has.
     """
     if not 1 <= size <= len(labels):
-        raise UserError(f"subset: {size} training images asked for; this data set has 1 to {len(labels)}")
+        raise UserError(f"DATASET.SUBSET {size}: expected 1 to {len(labels)}, the training images of this data set")
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.randperm(len(labels), generator=generator)
     counts = torch.bincount(labels)

@@ -33,7 +33,7 @@ def load_dataset(name: str, root: str | Path, *, image_size: int | None = None, 
     deviation are the customary constants for CIFAR, else those of all training images. Any bad input is a `UserError`.
     """
     if name not in READERS:
-        raise UserError(f"data set {name!r}: unknown; choose from {', '.join(READERS)}")
+        raise UserError(f"DATASET.NAME {name!r}: unknown; choose from {', '.join(READERS)}")
     if image_size is not None and image_size < 1:
         raise UserError(f"image size {image_size}: must be at least 1")
     train, test, classes = READERS[name](Path(root), image_size)

@@ -21,8 +21,9 @@ class EpochLoader:
     of the order are given out a second time (as DistributedSampler does), so that all ranks have equally many steps.
 
     batch_size: images of one rank and step; augment: None leaves the images as they are; mean, std: per channel, of
-    pixel values in 0..1; seed: at least 0; drop_last: leave out a last batch that is not full; dtype, channels_last:
-    of the images that come out. A batch size below one, or above the rank's share with drop_last, is a `UserError`.
+    pixel values in 0..1; seed: at least 0; drop_last: leave out a last batch that is not full; channels_last: memory
+    layout of the images that come out. A batch size below one, or above the rank's share with drop_last, is a
+    `UserError`.
     """
 
     def __init__(
@@ -37,7 +38,6 @@ class EpochLoader:
         seed: int,
         shuffle: bool,
         drop_last: bool = False,
-        dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
@@ -57,7 +57,6 @@ class EpochLoader:
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
-        self.dtype = dtype
         self.channels_last = channels_last
         self.rank = rank
         self.world_size = world_size
@@ -76,21 +75,16 @@ class EpochLoader:
         full, rest = divmod(self.images_per_epoch, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (images (B, C, H, W) in `dtype`, labels (B,), indices (B,) into the image set), from `start_step` on.
-
-        Starting late gives exactly the batches that the whole epoch would have given from there.
-        """
-        if not 0 <= start_step <= len(self):
-            raise ValueError(f"step {start_step} is outside an epoch of {len(self)} steps")
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (images (B, C, H, W) in float32, labels (B,), indices (B,) into the image set)."""
         order, draws = self._plan(epoch)
-        for step in range(start_step, len(self)):
+        for step in range(len(self)):
             batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
             indices = order[batch]
             images = self.image_set.images.index_select(0, indices)
             if draws is not None:
                 images = self.augment(images, draws[batch])
-            images = normalize(images, self.mean, self.std, self.dtype, self.channels_last)
+            images = normalize(images, self.mean, self.std, self.channels_last)
             yield images, self.image_set.labels.index_select(0, indices), indices
 
     def _plan(self, epoch: int) -> tuple[Tensor, Tensor | None]:

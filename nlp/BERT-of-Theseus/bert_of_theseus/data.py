@@ -55,8 +55,7 @@ def load_task_data(
     Args:
         task: from `get_task` or `custom_task`.
         data_dir: folder of a GLUE task with `<set>.tsv`; None reads `nyu-mll/glue` from the hub.
-        train_file: training file (.tsv, .csv, .jsonl) of a custom task; its labels become the task's, sorted as text,
-            where the task came without.
+        train_file: training file (.tsv, .csv, .jsonl) of a custom task; its labels become the task's, sorted as text.
         dev_file: file of a custom task with labels, to evaluate on.
         test_file: file of a custom task to predict; its labels, if any, are not read.
         sets: names of the sets to read; by default training and evaluation sets, for a custom task all that were given.
@@ -87,7 +86,7 @@ def load_task_data(
     if task.hub_config is None:
         if missing := [name for name in sets if name not in given]:
             raise UserError(f"no {missing[0]} file was given for the custom task")
-        if not task.regression and not task.labels:
+        if not task.regression:
             if "train" not in given:
                 raise UserError("the labels of a custom task are read from its training file: give --train_file")
             task = _with_labels_of(task, given["train"])

@@ -3,11 +3,11 @@
 import argparse
 import json
 import shutil
-import tempfile
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import check_writable, write_json
 
 # what a run writes, and what --overwrite_output_dir therefore may remove
 _WRITTEN = ("checkpoint-*", "student", "student_best", "predecessor", "predictions", "runs", "metrics.jsonl")
@@ -23,15 +23,13 @@ def check_folder(folder: Path, args: argparse.Namespace) -> None:
 
     Raises:
         UserError: it cannot be written to; it is in use; the run is to read what `--overwrite_output_dir` removes; it
-            has no run, or that of other settings, for `--resume` to continue.
+            has no run, a broken one, or that of other settings, for `--resume` to continue.
     """
-    _check_writable(folder)
+    check_writable("--output_dir", folder)
     if args.do_train and args.overwrite_output_dir:
         _check_inputs_stay(folder, args)
     if args.resume:
-        if not (folder / "config.json").exists():
-            raise UserError(f"--resume: there is no run in {folder} to continue")
-        before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        before = _settings_before(folder)
         for name, value in vars(args).items():
             if name not in _FREE_ON_RESUME and value != before.get(name):
                 raise UserError(f"--resume: the run in {folder} has {name} {before.get(name)}, not {value}")
@@ -53,16 +51,19 @@ def _earlier_run(folder: Path) -> list[Path]:
     return [path for pattern in _WRITTEN for path in folder.glob(pattern)]
 
 
-def _check_writable(folder: Path) -> None:
-    """Tried out, as permissions tell little to root or of a file system that is read-only; leaves nothing behind."""
+def _settings_before(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"--resume: there is no run in {folder} to continue")
     try:
-        nearest = next(path for path in (folder, *folder.parents) if path.exists())
-        if not nearest.is_dir():
-            raise UserError(f"--output_dir {folder}{' is' if nearest == folder else f': {nearest} is'} a file")
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written to: {error.strerror}") from None
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # ValueError: no JSON, or not UTF-8
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"--resume: {path} does not hold the settings of a run; start again with --overwrite_output_dir"
+        )
+    return settings
 
 
 def _check_inputs_stay(folder: Path, args: argparse.Namespace) -> None:

@@ -138,35 +138,28 @@ def get_task(name: str) -> Task:
     return task
 
 
-def custom_task(
-    text_columns: Sequence[str], label_column: str, regression: bool = False, labels: Sequence[str] = ()
-) -> Task:
+def custom_task(text_columns: Sequence[str], label_column: str, regression: bool = False) -> Task:
     """A task on files of the user's own: classification (accuracy, macro F1) or regression (Pearson, Spearman).
+
+    Its labels are still empty: `load_task_data` takes the sorted ones of the training file.
 
     Args:
         text_columns: one column, or two for pairs of texts.
         label_column: the column with the label word or the score.
         regression: the label column holds scores.
-        labels: the classes in the order of their numbers; left empty, `load_task_data` takes the sorted labels of the
-            training file.
 
     Raises:
-        UserError: not one or two different text columns, the label among the texts, labels of a regression, fewer than
-            two classes, a class named twice.
+        UserError: not one or two different text columns, the label among the texts.
     """
-    texts, labels = tuple(text_columns), tuple(labels)
+    texts = tuple(text_columns)
     columns = [*texts, label_column]
     if len(texts) not in (1, 2) or len(set(columns)) != len(columns):
         raise UserError(f"a task needs one or two text columns and another one for the label, got {', '.join(columns)}")
-    if regression and labels:
-        raise UserError(f"a regression has scores, not labels: {', '.join(labels)}")
-    if labels and (len(labels) < 2 or len(set(labels)) != len(labels)):
-        raise UserError(f"a classification needs at least two different labels, got {', '.join(labels)}")
     return Task(
         name="custom",
         text_columns=texts,
         label_column=label_column,
-        labels=labels,
+        labels=(),
         metrics="correlation" if regression else "accuracy_macro_f1",
         primary="pearson" if regression else "accuracy",
         hub_config=None,
