@@ -61,12 +61,16 @@ def peak_memory_bytes() -> int:
 
 
 def git_revision() -> str:
-    """The commit of this source tree, with `-dirty` when source files differ from it; "unknown" outside of git."""
+    """The commit of this source tree, with `-dirty` when source files differ from it; "unknown" outside of git.
+
+    results/ is no source: the runner writes there between the runs of a table.
+    """
     root = Path(__file__).resolve().parents[1]
     git = ["git", "-C", str(root)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        changed = [*git, "status", "--porcelain", "-uno", "--", ".", ":!results"]
+        status = subprocess.run(changed, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("-dirty" if status.stdout.strip() else "")

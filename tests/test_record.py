@@ -101,6 +101,17 @@ def test_changed_sources_mark_the_revision_as_dirty(source):
     assert git_revision() == git(source, "rev-parse", "HEAD").strip() + "-dirty"
 
 
+def test_rendered_results_are_no_change_of_the_sources(source):
+    (source / "results").mkdir()
+    (source / "results" / "table.md").write_text("")
+    git(source, "add", ".")
+    git(source, "commit", "-q", "-m", "results")
+    (source / "results" / "table.md").write_text("a row more")
+    assert git_revision() == git(source, "rev-parse", "HEAD").strip()
+    (source / "common" / "record.py").write_text("changed")
+    assert git_revision().endswith("-dirty")
+
+
 def test_outside_of_git_the_revision_is_unknown(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "__file__", str(tmp_path / "common" / "record.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
