@@ -1,4 +1,4 @@
-"""How close trained students came to their teachers' weights: a line a run.
+"""How close trained students came to their teachers' weights, and how large their own are: a line a run.
 
 python scripts/weights.py outputs/reproduce/*-seed1-* --output results/start/weights.csv
 """
@@ -10,8 +10,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nlp" / "BERT-of-Theseus"))
 
+import torch
+
 from common.errors import Parser, UserError, run_cli
 from common.files import check_writable, write_text
+from common.matrices import as_matrix
 from common.torchvision_repair import repair_torchvision
 from scripts.report_lib.load import load_run
 from scripts.report_lib.networks import has_networks, weight_pairs
@@ -43,10 +46,13 @@ def main() -> None:
 
 
 def closeness(pairs) -> dict[str, float]:
-    """Mean, lowest and highest cosine of W_s and W_t over the pairs, and mean ||W_s - W_t||_F / ||W_t||_F."""
-    cosines, distances = [], []
+    """Mean, lowest and highest cosine of W_s and W_t over the pairs; means of ||W_s - W_t||_F / ||W_t||_F, of ||W_s||_F
+    and of the largest singular value of W_s."""
+    cosines, distances, norms, largest = [], [], [], []
     for _, student, teacher in pairs:
+        largest.append(float(torch.linalg.matrix_norm(as_matrix(student.detach()).double(), 2)))
         student, teacher = student.detach().double().flatten(), teacher.detach().double().flatten()
+        norms.append(float(student.norm()))
         cosines.append(float(student @ teacher / (student.norm() * teacher.norm())))
         distances.append(float((student - teacher).norm() / teacher.norm()))
     count = len(cosines)
@@ -55,6 +61,8 @@ def closeness(pairs) -> dict[str, float]:
         "lowest": min(cosines),
         "highest": max(cosines),
         "distance": sum(distances) / count,
+        "norm": sum(norms) / count,
+        "sigma_1": sum(largest) / count,
     }
 
 

@@ -15,8 +15,16 @@ def test_cosine_and_distance_are_those_of_the_matrices():
     eye = torch.eye(2)
     turned = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     found = weights.closeness([("half", eye, 2 * eye), ("across", turned, eye)])
-    # distances ||I - 2I|| / ||2I|| = 1/2 and ||X - I|| / ||I|| = sqrt(2)
-    assert found == pytest.approx({"cosine": 0.5, "lowest": 0, "highest": 1, "distance": (0.5 + 2**0.5) / 2})
+    # distances ||I - 2I|| / ||2I|| = 1/2 and ||X - I|| / ||I|| = sqrt(2); both students have two singular values 1
+    sizes = {"norm": 2**0.5, "sigma_1": 1}
+    assert found == pytest.approx({"cosine": 0.5, "lowest": 0, "highest": 1, "distance": (0.5 + 2**0.5) / 2, **sizes})
+
+
+def test_a_convolution_is_measured_as_its_matrix():
+    kernel = torch.ones(2, 3, 1, 1)  # of rank 1: one singular value, sqrt(6)
+    found = weights.closeness([("conv", kernel, kernel)])
+    assert found["sigma_1"] == pytest.approx(6**0.5)
+    assert found["norm"] == pytest.approx(6**0.5)
 
 
 def test_runs_with_a_teacher_get_a_line_each(tmp_path, monkeypatch, capsys):
