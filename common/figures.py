@@ -1,4 +1,7 @@
-"""Figures as PNG and SVG files, the same bytes for the same figures, and texts in them that are no formulas."""
+"""Figures as PNG and SVG files, the same bytes for the same figures: no dates, no versions, no random ids.
+
+Texts from files are drawn as they are written, not as formulas.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -376,6 +376,8 @@ def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
+    except OSError as error:  # nothing is known about the run: no advice to replace it
+        raise UserError(f"--resume: {path} cannot be read: {error.strerror or error}") from error
     except Exception:  # of a file that is no checkpoint torch raises whatever its bytes lead to
         state = None
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):

@@ -508,6 +508,13 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path, teacher):
     assert refusal(short_config(below, teacher)) == f"OUTPUT_DIR {below}: {tmp_path / 'out'} is a file"
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_called_broken(tmp_path, teacher):
+    (tmp_path / "checkpoint.pt").mkdir()
+    message = refusal(short_config(tmp_path, teacher), resume=True)
+    assert message.startswith(f"--resume: {tmp_path / 'checkpoint.pt'} cannot be read: ")
+    assert "--overwrite" not in message
+
+
 def test_a_folder_that_cannot_be_made_is_refused(teacher):
     message = refusal(short_config(Path("/proc/no/such/run"), teacher))
     assert message.startswith("OUTPUT_DIR /proc/no/such/run cannot be written to: ")

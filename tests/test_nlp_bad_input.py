@@ -270,6 +270,13 @@ def test_resuming_with_other_settings_is_refused(own, complaint):
     assert snapshot(own.output) == before
 
 
+def test_settings_that_cannot_be_read_are_not_called_broken(own, complaint):
+    (own.output / "config.json").mkdir(parents=True)
+    message = complaint([*own.words, "--resume"])
+    assert f"--resume: {own.output / 'config.json'} cannot be read: " in message
+    assert "--overwrite" not in message
+
+
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[]"])
 def test_resuming_with_broken_settings_is_refused(own, complaint, content):
     own.output.mkdir()

@@ -22,7 +22,7 @@ def plot(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path) 
         panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
         for panel, task in zip(panels, tasks, strict=True):
             _panel(panel, table, cells, summary[summary["task"] == task], rows[rows["task"] == task])
-            panel.set_title(plain(task))
+            panel.set_title(task)
         panels[0].set_yticks(range(len(cells)), [plain(cell.label) for cell in cells])
         panels[0].set_ylim(len(cells) - 0.4, -0.6)
         entitle(figure, table.title, "at the end of training; dots: seeds, diamonds: mean ± standard deviation")

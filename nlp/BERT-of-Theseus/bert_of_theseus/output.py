@@ -57,7 +57,9 @@ def _settings_before(folder: Path) -> dict[str, Any]:
         raise UserError(f"--resume: there is no run in {folder} to continue")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # ValueError: no JSON, or not UTF-8
+    except OSError as error:  # nothing is known about the run: no advice to replace it
+        raise UserError(f"--resume: {path} cannot be read: {error.strerror or error}") from error
+    except ValueError:  # no JSON, or not UTF-8
         settings = None
     if not isinstance(settings, dict):
         raise UserError(
