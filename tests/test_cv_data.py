@@ -669,5 +669,5 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path):
 
 
 def test_an_image_size_of_zero_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="image size 0"):
+    with pytest.raises(UserError, match=r"DATASET\.IMAGE_SIZE 0"):
         load_dataset("digits", tmp_path, image_size=0)

@@ -47,7 +47,7 @@ def decode_images(sources: Sequence[Path | bytes], describe: Callable[[int], str
             if image.shape != first.shape:
                 raise UserError(
                     f"{describe(index)}: {image.shape[2]}x{image.shape[1]} pixels, but {describe(0)} has "
-                    f"{first.shape[2]}x{first.shape[1]}; give an image size to bring all to one"
+                    f"{first.shape[2]}x{first.shape[1]}; set DATASET.IMAGE_SIZE to bring all to one"
                 )
             images[index] = image
 

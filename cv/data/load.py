@@ -35,7 +35,7 @@ def load_dataset(name: str, root: str | Path, *, image_size: int | None = None, 
     if name not in READERS:
         raise UserError(f"DATASET.NAME {name!r}: unknown; choose from {', '.join(READERS)}")
     if image_size is not None and image_size < 1:
-        raise UserError(f"image size {image_size}: must be at least 1")
+        raise UserError(f"DATASET.IMAGE_SIZE {image_size}: must be at least 1")
     train, test, classes = READERS[name](Path(root), image_size)
     if image_size is not None:
         train, test = _resize(train, image_size), _resize(test, image_size)
@@ -43,7 +43,7 @@ def load_dataset(name: str, root: str | Path, *, image_size: int | None = None, 
     if test.images.shape[2:] != (height, width):
         raise UserError(
             f"data set {name!r}: training images have {width}x{height} pixels, test images "
-            f"{test.images.shape[3]}x{test.images.shape[2]}; give an image size to bring all to one"
+            f"{test.images.shape[3]}x{test.images.shape[2]}; set DATASET.IMAGE_SIZE to bring all to one"
         )
     mean, std = CONSTANTS[name] if name in CONSTANTS else channel_statistics(train.images)
     if subset is not None:
