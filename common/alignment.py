@@ -1,4 +1,4 @@
-"""How far apart two matrices are along weighted directions: the losses of the readings `own` and `update`.
+"""How far apart two matrices are along weighted directions: the losses of the readings `own`, `update`, `curvature`.
 
 The gradient of `own` (docs/method.md, "The gradient of `own`"). With p = sqrt(w), P = V diag(p) V^T and
 H = 2 (A P - T~), with respect to the student's tall matrix A it is
@@ -64,6 +64,29 @@ def update_alignment(student: Tensor, teacher: Tensor, weights: Tensor, left: Te
     gap_mn = working(student) - working(teacher.detach())
     along_k = (left * (gap_mn @ right)).sum(-2)
     return (weights * along_k.square()).sum(-1)
+
+
+@without_autocast
+def curvature_alignment(student: Tensor, teacher: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Alignment loss of the reading `curvature`: (s / r) tr(D^T A D B), D = W_s - W_t, r = min(m, n).
+
+    That is (s / r) sum_ij a_i b_j (u_i^T D v_j)^2 along the eigenvectors u_i of A and v_j of B: the change of the loss
+    in a Kronecker-factored quadratic model (Martens & Grosse, ICML 2015) for a step from student to teacher. The factor
+    s = ||D|| / ||A D B||, a constant for the gradient, gives it the norm of that of ||D||^2 / r, so that lambda means
+    the same whatever the curvature's scale. With A = B = 1 it is ||D||^2 / r.
+
+    Args:
+        student, teacher: (..., m, n).
+        left, right: (..., m, m) and (..., n, n), the factors A and B, symmetric and without negative eigenvalues.
+
+    Returns:
+        (...) losses, differentiable by autograd but for s.
+    """
+    gap_mn = working(student) - working(teacher.detach())
+    pull_mn = left @ gap_mn @ right
+    gap, pull = (torch.linalg.matrix_norm(matrix.detach()) for matrix in (gap_mn, pull_mn))
+    scale = gap / torch.where(pull > 0, pull, 1.0)
+    return scale * (gap_mn * pull_mn).sum((-2, -1)) / min(gap_mn.shape[-2:])
 
 
 def own_alignment(

@@ -87,6 +87,17 @@ def score_directions(update_mn: Tensor, grad_mn: Tensor, V_nq: Tensor, alpha: fl
     return pad(scores, (0, V_nq.shape[-2] - V_nq.shape[-1]))
 
 
+def curvature_factors(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """G G^T (..., m, m) and G^T G (..., n, n) of gradients (..., m, n), each with a mean eigenvalue of 1.
+
+    A zero gradient gives zeros.
+    """
+    grad_mn = unit_scale(grad)
+    total = grad_mn.square().sum((-2, -1), keepdim=True)
+    unit_mn = grad_mn / torch.where(total > 0, total, 1.0).sqrt()
+    return unit_mn @ unit_mn.mT * grad.shape[-2], unit_mn.mT @ unit_mn * grad.shape[-1]
+
+
 def _share_of_sum(scores: Tensor) -> Tensor:
     total = scores.sum(-1, keepdim=True)
     return scores / torch.where(total > 0, total, 1.0)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from common.alignment import low_rank_alignment, own_alignment, update_alignment
+from common.alignment import curvature_alignment, low_rank_alignment, own_alignment, update_alignment
 from common.groups import Group, check_pairs, group_by_shape
 from common.matrices import (
     DRIVERS,
@@ -36,7 +36,13 @@ from common.matrices import (
 )
 from common.ranks import agreed, exchange, share
 from common.released import released_gradient
-from common.sensitivity import direction_sensitivity, score_directions, select_directions, selected_count
+from common.sensitivity import (
+    curvature_factors,
+    direction_sensitivity,
+    score_directions,
+    select_directions,
+    selected_count,
+)
 
 __all__ = [
     "DirectionSensitivityLoss",
@@ -46,7 +52,7 @@ __all__ = [
     "update_alignment",
 ]
 
-BASES = ("own", "update")
+BASES = ("own", "update", "curvature")
 DIRECTIONS = ("sensitive", "plain", "random", "shuffled", "shrink", "released")
 SCORES = ("sensitivity", "tempered", "magnitude", "random")
 SPANS = ("step", "interval")
@@ -54,6 +60,7 @@ SPANS = ("step", "interval")
 _SETTINGS = ("rank", "basis", "direction", "alpha", "score", "span", "smoothing")
 _COUNTERS = ("steps", "choices", "expansions", "_held_since", "_postponed", "_copy_gradients", "_seed")
 _CHOSEN = ("weights", "left", "right", "spectrum")  # of a group, renewed by a choice of directions
+_MEMORY = 0.95  # share of the former curvature that stays when a gradient is added: a mean over about 20 of them
 _SAMPLE = 8  # every 8th element of a weight is looked at to see how far it has moved
 
 
@@ -91,7 +98,9 @@ class DirectionSensitivityLoss:
         rank: directions to select per pair (0 = all).
         svd_steps: optimizer steps between two selections of directions.
         basis: "own" = each network's own singular triplets, "update" = the directions of the parameter update
-            itself (until a pair's first refresh, the leading directions of the student's weight).
+            itself (until a pair's first refresh, the leading directions of the student's weight), "curvature" = the
+            eigenvectors of running means of G G^T and G^T G over the gradients of every `svd_steps`-th step, all of
+            them (rank 0), weighted by their eigenvalues; no decomposition. It has no alpha, span, driver or smoothing.
         grad_steps: optimizer steps for which an exact gradient is held (1 without drift = recomputed in every step);
             `None` = `svd_steps`.
         drift: after every `grad_steps` steps the gradient is held on if no student matrix has moved by more than this
@@ -109,7 +118,8 @@ class DirectionSensitivityLoss:
         alpha: the blend of gradient (0) and curvature (1), if it is to stay the same; `None` = the progress.
         score: what directions are ranked and weighted by: "sensitivity", J; "tempered", J with sqrt(c_i) in place of
             c_i; "magnitude", their singular value; "random", J dealt out to the directions at random, which keeps the
-            weights as uneven as J makes them.
+            weights as uneven as J makes them. With "curvature" there are two: "sensitivity", and "random", which has
+            the rows and columns of the running means in a random order, drawn once.
         span: the update that is decomposed: of the "step" at which directions are chosen, or of the whole "interval"
             since the pair's last choice (since the first step before there is one), which keeps one more copy of the
             student's matched weights.
@@ -154,6 +164,16 @@ class DirectionSensitivityLoss:
                 raise ValueError(f"{name} must be 0 or a positive number, got {value}")
         if direction == "released" and basis != "own":
             raise ValueError(f"direction 'released' is a gradient of the basis 'own', got basis {basis!r}")
+        if basis == "curvature":
+            for name, holds, value in (
+                ("rank", rank == 0, "0"),
+                ("score", score in ("sensitivity", "random"), "sensitivity or random"),
+                ("alpha", alpha is None, "None"),
+                ("span", span == "step", "step"),
+                ("smoothing", smoothing == 0, "0"),
+            ):
+                if not holds:
+                    raise ValueError(f"the basis 'curvature' needs {name} {value}")
         if alpha is not None and not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
         if alpha is not None and score == "magnitude":
@@ -233,7 +253,9 @@ class DirectionSensitivityLoss:
         """1 / sum(w^2) of every pair: how many directions its weights amount to."""
         effective = {}
         for group in self._groups:
-            if group.weights is None:
+            if self.basis == "curvature":
+                values = (1.0 / self._weights(group).square().sum(-1)).tolist()
+            elif group.weights is None:
                 values = [float(selected_count(self.rank, group.r))] * len(group.names)
             else:
                 values = (1.0 / group.weights.square().sum(-1)).tolist()
@@ -241,7 +263,10 @@ class DirectionSensitivityLoss:
         return effective
 
     def direction_weights(self) -> dict[str, Tensor]:
-        """The weights (r,) of every pair's directions, falling singular value first; zero outside the selection."""
+        """The weights (r,) of every pair's directions, falling singular value first; zero outside the selection.
+
+        Of the basis "curvature" the eigenvalues of the smaller one of the two factors, divided by their sum.
+        """
         return {
             name: row for group in self._groups for name, row in zip(group.names, self._weights(group), strict=True)
         }
@@ -249,7 +274,8 @@ class DirectionSensitivityLoss:
     def update_spectra(self) -> dict[str, Tensor]:
         """Singular values (r,) of the update in which every pair's directions were chosen, in units of the largest.
 
-        Falling; 0 for those that the driver "randomized" does not look for, and all 0 before a pair's first choice.
+        Falling; 0 for those that the driver "randomized" does not look for, and all 0 before a pair's first choice and
+        with the basis "curvature".
         """
         return {
             name: row for group in self._groups for name, row in zip(group.names, self._spectrum(group), strict=True)
@@ -299,6 +325,8 @@ class DirectionSensitivityLoss:
     def _weights(self, group: Group) -> Tensor:
         if group.weights is not None:
             return group.weights
+        if self.basis == "curvature" and group.right is not None:
+            return torch.linalg.eigvalsh(group.right).flip(-1).clamp(min=0) / group.r
         like = working(group.students[0].detach())
         uniform = select_directions(like.new_zeros(group.r), self.rank)  # equal scores: 1 / rank on the first ones
         return uniform.expand(len(group.names), -1)
@@ -344,8 +372,11 @@ class DirectionSensitivityLoss:
                 for i, name in enumerate(group.names)
                 if name not in skip and id(dW[i]) in nonzero and id(G[i]) in nonzero
             ]
-            if moved:
+            if moved and self.basis == "curvature":
+                self._add_curvature(group, moved, G)
+            elif moved:
                 self._choose_for_group(group, moved, dW, G, alpha)
+            if moved:
                 chosen.update(group.names[i] for i in moved)
         if self.span == "interval":  # a new list of new tensors: saved states keep the former ones
             starts = zip(self._names, self._students, self._starts, strict=True)
@@ -380,6 +411,24 @@ class DirectionSensitivityLoss:
                 if kept is not None:
                     kept[rows] = exchange(new)
         group.weights, group.left, group.right, group.spectrum = chosen
+
+    def _add_curvature(self, group: Group, moved: list[int], G: Sequence) -> None:
+        """The running means, whose first value is the identity: all directions alike."""
+        like = working(group.students[0].detach())
+        chosen = []
+        for former, size in ((group.left, group.m), (group.right, group.r)):
+            start = torch.eye(size, dtype=like.dtype, device=like.device).expand(len(group.names), size, size)
+            chosen.append((start if former is None else former).clone())  # saved states keep the former ones
+        for rows in group.rounds(moved):
+            mine = share(rows)
+            fresh = [torch.zeros_like(kept[rows]) for kept in chosen]
+            if mine:
+                places = [rows.index(i) for i in mine]
+                for new, kept, added in zip(fresh, chosen, curvature_factors(group.stack(G, mine)), strict=True):
+                    new[places] = _MEMORY * kept[mine] + (1 - _MEMORY) * added
+            for kept, new in zip(chosen, fresh, strict=True):
+                kept[rows] = exchange(new)
+        group.left, group.right = chosen
 
     def _agree_on_seed(self) -> None:
         """At the first use: between the making of the loss and that a model may change its device."""
@@ -491,6 +540,12 @@ class DirectionSensitivityLoss:
                 self._start_directions(group)
             chosen = weights.topk(group.left.shape[-1]).values
             return update_alignment(student_mn, teacher_mn, chosen, group.left[rows], group.right[rows])
+        if self.basis == "curvature" and group.left is not None:
+            factors = (group.left[rows], group.right[rows])
+            if self.score == "random":
+                names = [group.names[i] for i in rows]
+                factors = (self._reordered(names, factor, place) for place, factor in enumerate(factors))
+            return curvature_alignment(student_mn, teacher_mn, *factors)
         if group.weights is None and selected_count(self.rank, group.r) == group.r:
             return (student_mn - teacher_mn).square().sum((-2, -1)) / group.r  # equal weights: W~ = W / sqrt(r)
         count = selected_count(self.rank, group.r)
@@ -504,6 +559,12 @@ class DirectionSensitivityLoss:
             order = torch.randperm(size, generator=generator)
             teacher_mn = teacher_mn.index_select(dim, order.to(teacher_mn.device))
         return teacher_mn
+
+    def _reordered(self, names: list[str], factors: Tensor, place: int) -> Tensor:
+        """Factors (rows, n, n) with the rows and columns of each in one random order, the same at every call."""
+        generators = [self._generator(self._names.index(name), place) for name in names]
+        order = torch.stack([torch.randperm(factors.shape[-1], generator=g) for g in generators]).to(factors.device)
+        return columns(columns(factors, order).mT, order)
 
     def _teacher_V(self, group: Group, teacher_mn: Tensor, rows: list[int]) -> Tensor:
         """Right singular vectors (rows, n, n); the teacher is frozen: decomposed once."""

@@ -13,6 +13,13 @@ from common.errors import UserError
 from cv.methods import METHODS, method_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
+_WITH_CURVATURE = {  # which has no choice of directions
+    "RANK": (0,),
+    "ALPHA": (-1.0,),
+    "SCORE": ("sensitivity", "random"),
+    "SPAN": ("step",),
+    "SMOOTHING": (0.0,),
+}
 _LARGEST = 3.4e38  # the largest number of float32 is just above
 
 
@@ -25,7 +32,8 @@ def defaults() -> CfgNode:
     cfg.DATASET.NAME = "cifar100"  # cifar100, cifar10, tiny-imagenet, folder or digits (str)
     cfg.DATASET.ROOT = "data/cifar100"  # its folder; CIFAR is downloaded there if it is empty (str)
     cfg.DATASET.IMAGE_SIZE = 0  # side in pixels that all images are resized to (int, 0: as they are)
-    cfg.DATASET.SUBSET = 0  # train on so many images only, a fixed class-balanced choice (int, 0: all)
+    cfg.DATASET.SUBSET = 0  # train on so many images only, a class-balanced choice (int, 0: all)
+    cfg.DATASET.SUBSET_SEED = 0  # of that choice (int, -1: SOLVER.SEED, other images under every seed)
     cfg.DATASET.AUGMENT = True  # random crop with zero padding and, except for digits, flip (bool)
 
     cfg.DISTILLER = CfgNode()
@@ -38,6 +46,7 @@ def defaults() -> CfgNode:
     cfg.SOLVER = CfgNode()
     cfg.SOLVER.BATCH_SIZE = 64  # images per optimizer step, over all ranks together (int)
     cfg.SOLVER.EPOCHS = 240  # passes over the training set (int)
+    cfg.SOLVER.EVAL_EPOCHS = 1  # epochs between two evaluations and checkpoints; the last epoch has both (int)
     cfg.SOLVER.LR = 0.05  # learning rate of SGD at the start (float)
     cfg.SOLVER.LR_DECAY_STAGES = [150, 180, 210]  # epochs after which the rate is multiplied by LR_DECAY_RATE (list)
     cfg.SOLVER.LR_DECAY_RATE = 0.1  # factor of a decay (float)
@@ -56,7 +65,7 @@ def defaults() -> CfgNode:
     cfg.DSKD.GRAD_STEPS = 2  # optimizer steps for which an exact gradient is held (int, 1 with DRIFT 0: every step)
     cfg.DSKD.DRIFT = 0.0003  # hold it on while no matrix has moved by this share of its norm (float, 0: never)
     cfg.DSKD.SMOOTHING = 0.0  # of it between close singular values, docs/method.md (float, 0: exact)
-    cfg.DSKD.BASIS = "own"  # own: each network's singular triplets; update: the directions of the update (str)
+    cfg.DSKD.BASIS = "own"  # own: each network's singular triplets; update: those of the update; curvature (str)
     cfg.DSKD.DRIVER = "gram"  # decomposition: gram (eigenvectors of W^T W), svd, or randomized for the updates (str)
     cfg.DSKD.DIRECTION = "sensitive"  # sensitive is DSKD; plain, random, shuffled, shrink, released: controls (str)
     cfg.DSKD.ALPHA = -1.0  # blend of gradient (0) and curvature (1) in the score (float, -1: the progress t/T)
@@ -204,8 +213,10 @@ def _validate(cfg: CfgNode, where: str) -> None:
         ("DISTILLER.START", cfg.DISTILLER.START in ("random", "teacher"), "random or teacher"),
         ("DATASET.IMAGE_SIZE", cfg.DATASET.IMAGE_SIZE == 0 or cfg.DATASET.IMAGE_SIZE > 1, "0 or 2 pixels or more"),
         ("DATASET.SUBSET", cfg.DATASET.SUBSET >= 0, "0 or a number of images"),
+        ("DATASET.SUBSET_SEED", -1 <= cfg.DATASET.SUBSET_SEED < 2**32, "-1 (SOLVER.SEED) or from 0 to below 2^32"),
         ("SOLVER.BATCH_SIZE", solver.BATCH_SIZE >= 2, "at least 2: batch norm cannot train on a single image"),
         ("SOLVER.EPOCHS", solver.EPOCHS >= 1, "at least 1"),
+        ("SOLVER.EVAL_EPOCHS", solver.EVAL_EPOCHS >= 1, "at least 1"),
         ("SOLVER.LR", solver.LR > 0, "above 0"),
         ("SOLVER.LR_DECAY_STAGES", all(type(e) is int and e > 0 for e in solver.LR_DECAY_STAGES), "whole epochs"),
         ("SOLVER.LR_DECAY_RATE", solver.LR_DECAY_RATE > 0, "above 0"),
@@ -217,7 +228,7 @@ def _validate(cfg: CfgNode, where: str) -> None:
         ("DSKD.RANK", dskd.RANK >= 0, "0 (all directions) or a number of directions"),
         ("DSKD.SVD_STEPS", dskd.SVD_STEPS >= 1, "at least 1"),
         ("DSKD.GRAD_STEPS", dskd.GRAD_STEPS >= 1, "at least 1"),
-        ("DSKD.BASIS", dskd.BASIS in ("own", "update"), "own or update"),
+        ("DSKD.BASIS", dskd.BASIS in ("own", "update", "curvature"), "own, update or curvature"),
         ("DSKD.DRIFT", dskd.DRIFT >= 0, "0 or a positive number"),
         ("DSKD.SMOOTHING", dskd.SMOOTHING >= 0, "0 or a positive number"),
         ("DSKD.DRIVER", dskd.DRIVER in ("gram", "svd", "randomized"), "gram, svd or randomized"),
@@ -242,6 +253,11 @@ def _validate(cfg: CfgNode, where: str) -> None:
         ("LOG.INTERVAL", cfg.LOG.INTERVAL >= 1, "at least 1"),
         ("LOG.TRACKERS", all(name in ("tensorboard", "wandb") for name in cfg.LOG.TRACKERS), "tensorboard and wandb"),
     ]
+    if dskd.BASIS == "curvature":
+        checks += [
+            (f"DSKD.{key}", dskd[key] in valid, f"{' or '.join(map(str, valid))} with BASIS curvature")
+            for key, valid in _WITH_CURVATURE.items()
+        ]
     values = leaves(cfg)
     for key, holds, expected in checks:
         if not holds:

@@ -66,6 +66,7 @@ def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dic
         repository_path(cfg.DATASET.ROOT),
         image_size=cfg.DATASET.IMAGE_SIZE or None,
         subset=cfg.DATASET.SUBSET or None,
+        subset_seed=solver.SEED if cfg.DATASET.SUBSET_SEED == -1 else cfg.DATASET.SUBSET_SEED,
     )
     set_seed(solver.SEED)
     distiller, dskd, teacher_sha256 = _build(cfg, data, accelerator)
@@ -117,12 +118,12 @@ class _Progress:
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # of training, evaluation not counted
     wall_seconds: float = 0.0  # of everything, the earlier parts of a resumed run included
-    history: list[dict[str, float]] = field(default_factory=list)  # evaluation of every epoch
+    history: list[dict[str, float]] = field(default_factory=list)  # evaluations, with their epoch from 1
 
     @property
-    def best_epoch(self) -> int:
-        """The first epoch, from 1, with the highest top-1."""
-        return 1 + max(range(len(self.history)), key=lambda i: self.history[i]["top1"])
+    def best(self) -> dict[str, float]:
+        """The first evaluation with the highest top-1."""
+        return max(self.history, key=lambda scores: scores["top1"])
 
 
 class _Run:
@@ -191,13 +192,14 @@ class _Run:
             for epoch in range(progress.epoch + 1, cfg.SOLVER.EPOCHS + 1):
                 self._train_epoch(epoch, bar)
                 self._check_student()  # the loss tells nothing of the last update
-                if main:
+                evaluated = epoch % cfg.SOLVER.EVAL_EPOCHS == 0 or epoch == cfg.SOLVER.EPOCHS
+                if main and evaluated:
                     scores = evaluate(self.distiller.student, self.test_loader)
-                    progress.history.append(scores)
+                    progress.history.append({"epoch": epoch, **scores})
                     self._log(epoch=epoch, **{f"test_{name}": value for name, value in scores.items()})
                     bar.set_postfix_str(f"epoch {epoch}, top-1 {scores['top1']:.2f}")
-                    if progress.best_epoch == epoch:
-                        self._export("student_best", scores)
+                    if progress.best["epoch"] == epoch:
+                        self._export("student_best", progress.best)
                     progress.epoch, progress.wall_seconds = epoch, time.perf_counter() - start
                     self._save()
         self.accelerator.end_training()
@@ -281,7 +283,7 @@ class _Run:
             class_names=self.data.classes,
             dataset=self.cfg.DATASET.NAME,
             accuracy=scores["top1"],
-            epoch=len(self.progress.history),
+            epoch=scores["epoch"],
             seed=self.cfg.SOLVER.SEED,
         )
 
@@ -334,7 +336,7 @@ class _Run:
 
     def _finish(self, wall_seconds: float) -> dict[str, Any]:
         cfg, progress = self.cfg, self.progress
-        last, best = progress.history[-1], progress.history[progress.best_epoch - 1]
+        last, best = progress.history[-1], progress.best
         self._export("student", last)
         if cfg.LOG.ONNX:
             student, _ = load_model(self.folder / "student")  # as saved: not compiled
@@ -351,7 +353,7 @@ class _Run:
             last=last["top1"],
             best=best["top1"],
             last_top5=last["top5"],
-            best_epoch=progress.best_epoch,
+            best_epoch=best["epoch"],
             epochs=cfg.SOLVER.EPOCHS,
             train_images=len(self.data.train),
             parameters=sum(p.numel() for p in self.distiller.student.parameters()),

@@ -77,6 +77,25 @@ def update_gradient(student, teacher, update, w) -> np.ndarray:
     return result
 
 
+def mean_factors(gradients, share: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """(A, B): running means of m G G^T / ||G||^2 and n G^T G / ||G||^2, which start as identities."""
+    m, n = as_array(gradients[0]).shape
+    A, B = np.eye(m), np.eye(n)
+    for G in map(as_array, gradients):
+        energy = (G**2).sum()
+        A = share * A + (1 - share) * m * np.array([[a @ b for b in G] for a in G]) / energy
+        B = share * B + (1 - share) * n * np.array([[a @ b for b in G.T] for a in G.T]) / energy
+    return A, B
+
+
+def curvature_quadratic(student, teacher, A, B) -> float:
+    """sum_ij a_i b_j (u_i^T (W_s - W_t) v_j)^2 / r over the eigenvectors of A and B."""
+    gap = as_array(student) - as_array(teacher)
+    (a, U), (b, V) = np.linalg.eigh(A), np.linalg.eigh(B)
+    total = sum(a[i] * b[j] * (U[:, i] @ gap @ V[:, j]) ** 2 for i in range(len(a)) for j in range(len(b)))
+    return float(total / min(gap.shape))
+
+
 def own_gradient(student, teacher, w) -> np.ndarray:
     """The gradient of `own_loss` with respect to the student, by the spectral-function formula."""
     student = as_array(student)

@@ -162,8 +162,10 @@ OUT_OF_RANGE = {
     "DISTILLER.START": "copy",
     "DATASET.IMAGE_SIZE": "1",
     "DATASET.SUBSET": "-1",
+    "DATASET.SUBSET_SEED": "-2",
     "SOLVER.BATCH_SIZE": "1",
     "SOLVER.EPOCHS": "0",
+    "SOLVER.EVAL_EPOCHS": "0",
     "SOLVER.LR": "0",
     "SOLVER.LR_DECAY_STAGES": "[0]",
     "SOLVER.LR_DECAY_RATE": "-0.1",
@@ -211,7 +213,15 @@ def test_every_range_that_is_checked_is_tested():
 
 @pytest.mark.parametrize(
     ("key", "value", "beside"),
-    [("DSKD.DIRECTION", "released", "DSKD.BASIS update"), ("DSKD.ALPHA", "0.5", "DSKD.SCORE magnitude")],
+    [
+        ("DSKD.DIRECTION", "released", "DSKD.BASIS update"),
+        ("DSKD.ALPHA", "0.5", "DSKD.SCORE magnitude"),
+        ("DSKD.RANK", "4", "DSKD.BASIS curvature"),
+        ("DSKD.ALPHA", "0.5", "DSKD.BASIS curvature"),
+        ("DSKD.SCORE", "tempered", "DSKD.BASIS curvature"),
+        ("DSKD.SPAN", "interval", "DSKD.BASIS curvature"),
+        ("DSKD.SMOOTHING", "0.1", "DSKD.BASIS curvature"),
+    ],
 )
 def test_settings_that_exclude_each_other_are_refused(key, value, beside):
     assert load_config(BASE, [key, value])

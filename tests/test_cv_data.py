@@ -276,6 +276,13 @@ def test_a_subset_is_fixed_and_contained_in_larger_ones():
     assert set(small.tolist()) < set(large.tolist())
 
 
+def test_another_seed_draws_another_subset_that_is_balanced_too():
+    labels = torch.arange(10).repeat(60)
+    first, second = balanced_subset(labels, 30), balanced_subset(labels, 30, seed=1)
+    assert not torch.equal(first, second)
+    assert torch.bincount(labels[second]).tolist() == [3] * 10
+
+
 def test_a_class_with_too_few_images_gives_all_of_them():
     labels = torch.tensor([0] * 20 + [1] * 3)
     assert torch.bincount(labels[balanced_subset(labels, 12)]).tolist() == [9, 3]

@@ -437,6 +437,24 @@ def test_the_best_student_is_the_first_of_equals(tmp_path, teacher, monkeypatch)
     assert load_model(tmp_path / "student")[1]["epoch"] == 4
 
 
+def test_evaluations_come_every_few_epochs_and_after_the_last(tmp_path, teacher, monkeypatch):
+    scores = iter([10.0, 30.0, 20.0])
+    monkeypatch.setattr(cv.trainer, "evaluate", lambda *_: {"top1": next(scores), "top5": 50.0})
+    run = short_run(tmp_path, teacher, "SOLVER.EPOCHS 5 SOLVER.EVAL_EPOCHS 2")
+    assert [line["epoch"] for line in run.epochs] == [2, 4, 5]
+    assert (run.result["best_epoch"], run.result["last"], run.result["steps"]) == (4, 20.0, 20)
+    assert (load_model(tmp_path / "student_best")[1]["epoch"], load_model(tmp_path / "student")[1]["epoch"]) == (4, 5)
+
+
+def test_the_subset_may_follow_the_seed_of_the_run(tmp_path, teacher, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cv.trainer, "load_dataset", lambda *_, subset_seed, **__: seen.append(subset_seed) or 1 / 0)
+    for overrides in ("", "DATASET.SUBSET_SEED 3", "DATASET.SUBSET_SEED -1"):
+        with pytest.raises(ZeroDivisionError):
+            short_run(tmp_path, teacher, f"SOLVER.SEED 7 {overrides}")
+    assert seen == [0, 3, 7]
+
+
 def test_throughput_counts_images_not_full_batches(tmp_path, teacher, monkeypatch):
     # one full batch of 100 images and one of 28
     run = short_run(tmp_path, teacher, "SOLVER.BATCH_SIZE 100 SOLVER.EPOCHS 2")

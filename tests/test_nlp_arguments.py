@@ -21,6 +21,15 @@ TRAIN = BASE + "--do_train --do_eval "
 CUSTOM = "--model_name_or_path M --task_name custom --output_dir O "
 CUSTOM_REGRESSION = CUSTOM + "--do_train --train_file f --text_columns a --label_column b --regression "
 
+WITHOUT_CURVATURE = (
+    "--rank_size 32",
+    "--svd_driver gram",
+    "--alpha 0",
+    "--span step",
+    "--smoothing 0",
+    "--score tempered",
+)  # flags that mean nothing with --basis curvature
+
 
 def parse(line: str):
     return parse_arguments(shlex.split(line))
@@ -95,6 +104,7 @@ def test_dskd_switched_by_another_word_is_refused():
         (TRAIN + "--ifsvd --score magnitude --alpha 0.5", "--alpha"),
         (TRAIN + "--ifsvd --basis update --direction released", "--direction released"),
         (TRAIN + "--ifsvd --basis update --smoothing 0", "--smoothing"),
+        *((TRAIN + f"--ifsvd --basis curvature {flag}", flag.split()[0]) for flag in WITHOUT_CURVATURE),
         (TRAIN + "--ifsvd --direction released --smoothing 0.1", "--smoothing"),
         (TRAIN + "--ifsvd --drift 0.01", "--drift"),
         (TRAIN + "--ifsvd --drift 0.01 --svd_steps 10 --grad_steps 10", "--drift"),

@@ -9,13 +9,14 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from common.ranks import exchange, share
-from common.svd_loss import BASES, DirectionSensitivityLoss
+from common.svd_loss import DirectionSensitivityLoss
 
 # three pairs of one shape (a share each and one over), one alone (a rank without a share), and a transposed one
 SHAPES = {"a": (6, 4), "b": (6, 4), "c": (4, 6), "alone": (5, 5), "conv": (3, 2, 2, 2)}
 
 
-CASES = {basis: {"basis": basis} for basis in BASES} | {
+CASES = {basis: {"basis": basis} for basis in ("own", "update")} | {
+    "curvature": {"basis": "curvature", "rank": 0},
     "released": {"direction": "released"},
     "shuffled": {"direction": "shuffled"},
     "shrink": {"direction": "shrink"},
@@ -34,7 +35,7 @@ def run(case: str) -> dict[str, Tensor]:
 
     students = {name: nn.Parameter(draw(shape)) for name, shape in SHAPES.items()}
     pairs = [(name, weight, draw(weight.shape)) for name, weight in students.items()]
-    dskd = DirectionSensitivityLoss(pairs, rank=3, svd_steps=2, **CASES[case])
+    dskd = DirectionSensitivityLoss(pairs, **{"rank": 3, "svd_steps": 2, **CASES[case]})
     optimizer = torch.optim.SGD(students.values(), lr=0.05)
     numbers = {}
     for step in range(5):

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from common.matrices import DRIVERS
 from common.svd_loss import (
-    BASES,
     DirectionSensitivityLoss,
     direction_sensitivity,
     low_rank_alignment,
@@ -98,7 +97,7 @@ def test_own_loss_and_gradient(tensors, rank, driver):
     assert bool(student.grad.isfinite().all())
 
 
-@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("basis", ["own", "update"])
 @pytest.mark.parametrize("grad_steps", [1, 3])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(tensors=matrices(4, st.sampled_from([-30, -12, 0, 6])), rank=ranks, driver=drivers)

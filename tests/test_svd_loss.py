@@ -25,6 +25,13 @@ GOLDEN = Path(__file__).parent / "golden" / "svd_loss.json"
 SHAPES = {"square": (5, 5), "wide": (4, 7), "tall": (7, 4), "conv": (4, 2, 3, 3)}
 TOTAL = 20  # planned steps
 every_basis = pytest.mark.parametrize("basis", BASES)
+SINGULAR_BASES = ("own", "update")  # of singular directions
+every_singular_basis = pytest.mark.parametrize("basis", SINGULAR_BASES)
+
+
+def rank_of(basis: str | None) -> int:
+    """3 of the directions, but "curvature" takes all."""
+    return 0 if basis == "curvature" else 3
 
 
 class Run:
@@ -139,7 +146,7 @@ def test_weights_start_uniform_over_the_leading_directions(rank):
         assert_close(run.dskd.direction_weights()[name], torch.from_numpy(w))
 
 
-@every_basis
+@every_singular_basis
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("rank", [0, 3])
 def test_loss_before_the_first_refresh_equals_the_oracle(basis, driver, rank):
@@ -148,7 +155,7 @@ def test_loss_before_the_first_refresh_equals_the_oracle(basis, driver, rank):
     assert run.dskd().item() == pytest.approx(expected, rel=1e-6)
 
 
-@every_basis
+@every_singular_basis
 @pytest.mark.parametrize("rank", [0, 3])
 def test_gradient_before_the_first_refresh_equals_the_oracle(basis, rank):
     run = Run(rank=rank, basis=basis)
@@ -158,7 +165,7 @@ def test_gradient_before_the_first_refresh_equals_the_oracle(basis, rank):
 
 # Refreshes
 @pytest.mark.parametrize("driver", DRIVERS)
-@every_basis
+@every_singular_basis
 @pytest.mark.parametrize("rank", [0, 3])
 def test_directions_follow_the_real_update_and_gradient(rank, basis, driver):
     run = Run(rank=rank, svd_steps=4, basis=basis, driver=driver)
@@ -174,7 +181,7 @@ def test_directions_follow_the_real_update_and_gradient(rank, basis, driver):
 
 @every_basis
 def test_directions_change_at_multiples_of_svd_steps_and_only_there(basis):
-    run = Run(rank=3, svd_steps=4, basis=basis)
+    run = Run(rank=rank_of(basis), svd_steps=4, basis=basis)
     changed = []
     for step in range(1, 13):
         before = run.weights()
@@ -207,7 +214,7 @@ def test_nesterov_momentum_does_not_change_the_gradient_that_is_seen():
 
 @every_basis
 def test_a_scaled_gradient_gives_the_same_directions(basis):
-    plain, scaled = (Run(rank=3, svd_steps=1, basis=basis) for _ in range(2))
+    plain, scaled = (Run(rank=rank_of(basis), svd_steps=1, basis=basis) for _ in range(2))
     plain.train(1)
     scaler = torch.amp.GradScaler(device="cpu", init_scale=2.0**16)
     scaler.scale(scaled.task_loss() + 0.1 * scaled.dskd()).backward()
@@ -227,7 +234,7 @@ def test_both_bases_agree_where_the_update_has_the_weights_own_directions():
 
     grad = torch.randn(6, 5, generator=generator, dtype=torch.float64)
     losses, gradients, student_sigma, teacher_sigma = {}, {}, (8.4, 6.3, 4.2, 2.1), (9.0, 5.0, 4.0, 3.0)
-    for basis in BASES:
+    for basis in SINGULAR_BASES:
         weight = nn.Parameter(along(8.0, 6.0, 4.0, 2.0))
         dskd = DirectionSensitivityLoss([("layer", weight, along(*teacher_sigma))], rank=3, svd_steps=1, basis=basis)
         weight.grad = grad
@@ -244,9 +251,9 @@ def test_both_bases_agree_where_the_update_has_the_weights_own_directions():
 
 
 # The held gradient
-@every_basis
+@every_singular_basis
 def test_grad_steps_1_is_the_exact_loss_in_every_step(basis):
-    run = Run(rank=3, svd_steps=4, basis=basis, grad_steps=1)
+    run = Run(rank=rank_of(basis), svd_steps=4, basis=basis, grad_steps=1)
     w, directions = first_weights(run, 3), run.copies()
     for step in range(1, 11):
         assert run.dskd().item() == pytest.approx(oracle_loss(run, w, basis, directions), rel=1e-5)
@@ -257,9 +264,9 @@ def test_grad_steps_1_is_the_exact_loss_in_every_step(basis):
             w, directions = chosen, updates
 
 
-@every_basis
+@every_singular_basis
 def test_the_loss_in_between_is_the_first_order_expansion(basis):
-    run = Run(rank=3, svd_steps=100, basis=basis, grad_steps=3)
+    run = Run(rank=rank_of(basis), svd_steps=100, basis=basis, grad_steps=3)
     start, w = run.copies(), first_weights(run, 3)
     for step in range(7):
         if step % 3 == 0:
@@ -279,7 +286,7 @@ def test_grad_steps_default_to_svd_steps():
 
 @every_basis
 def test_gradient_accumulation_sees_one_gradient(basis):
-    run = Run(rank=3, svd_steps=4, basis=basis, grad_steps=2)
+    run = Run(rank=rank_of(basis), svd_steps=4, basis=basis, grad_steps=2)
     for _ in range(6):
         first, second = run.gradients(), run.gradients()
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -324,9 +331,8 @@ def test_a_weight_in_two_pairs_gets_both_gradients():
 
 
 # Control arms
-@every_basis
 @pytest.mark.parametrize("direction", ["plain", "random"])
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(("basis", "rank"), [("own", 0), ("own", 3), ("update", 0), ("update", 3), ("curvature", 0)])
 def test_a_control_arm_has_the_norms_and_the_loss_of_dskd(basis, direction, rank):
     dskd, arm = Run(rank=rank, basis=basis), Run(rank=rank, basis=basis, direction=direction)
     for name, gradient in dskd.gradients().items():
@@ -362,7 +368,7 @@ def test_the_random_arm_differs_between_pairs_of_one_shape():
 # Which pairs keep their directions
 def kept(basis: str, spoil=None, skip=()) -> dict[str, bool]:
     """Which pairs have the same direction weights before and after the second refresh."""
-    run = Run(rank=3, svd_steps=2, basis=basis)
+    run = Run(rank=rank_of(basis), svd_steps=2, basis=basis)
     run.train(3)
     run.backward()
     if spoil is not None:
@@ -400,9 +406,9 @@ def test_a_skipped_pair_keeps_its_directions(basis):
     assert kept(basis, skip=["wide"]) == ONLY_WIDE
 
 
-@every_basis
+@every_singular_basis
 def test_a_skipped_pair_keeps_its_loss_function(basis):
-    run = Run(rank=3, svd_steps=2, basis=basis)
+    run = Run(rank=rank_of(basis), svd_steps=2, basis=basis)
     run.train(1)
     run.backward()
     w, updates = update_with_oracle(run, 3)  # the first refresh, of all
@@ -413,9 +419,9 @@ def test_a_skipped_pair_keeps_its_loss_function(basis):
     assert run.dskd().item() == pytest.approx(oracle_loss(run, w, basis, updates), rel=1e-5)
 
 
-@every_basis
+@every_singular_basis
 def test_a_pair_skipped_from_the_start_keeps_the_leading_directions(basis):
-    run = Run(rank=3, svd_steps=2, basis=basis)
+    run = Run(rank=rank_of(basis), svd_steps=2, basis=basis)
     start = run.copies()
     run.train(1)
     run.backward()
@@ -453,9 +459,9 @@ def test_gradients_that_are_not_finite_warn_once():
 
 
 @pytest.mark.filterwarnings("ignore:DSKD")
-@every_basis
+@every_singular_basis
 def test_a_postponed_refresh_is_made_up_at_the_next_good_step(basis):
-    run = Run(rank=3, svd_steps=4, basis=basis)
+    run = Run(rank=rank_of(basis), svd_steps=4, basis=basis)
     run.train(3)
     overflow(run)
     overflow(run)
@@ -543,7 +549,14 @@ def train_with_overflow(run: Run, until: int) -> list[float]:
     "step", [0, 2, 4, 5, 8, 9], ids=["start", "before_first", "after_first", "between", "postponed", "made_up"]
 )
 def test_a_resumed_run_continues_bit_for_bit(basis, dtype, layout, step):
-    settings = {"dtype": dtype, "layout": layout, "rank": 3, "svd_steps": 4, "grad_steps": 3, "basis": basis}
+    settings = {
+        "dtype": dtype,
+        "layout": layout,
+        "rank": rank_of(basis),
+        "svd_steps": 4,
+        "grad_steps": 3,
+        "basis": basis,
+    }
     whole = Run(**settings)
     train_with_overflow(whole, step)
     resumed = resume(save(whole), step, **settings)
@@ -561,7 +574,7 @@ def dumped(state: dict) -> bytes:
 
 @every_basis
 def test_a_loaded_state_is_not_shared_with_its_source(basis):
-    run, copy = (Run(rank=3, svd_steps=2, basis=basis) for _ in range(2))
+    run, copy = (Run(rank=rank_of(basis), svd_steps=2, basis=basis) for _ in range(2))
     run.train(3)
     copy.dskd.load_state_dict(run.dskd.state_dict())
     before = dumped(copy.dskd.state_dict())
@@ -571,7 +584,7 @@ def test_a_loaded_state_is_not_shared_with_its_source(basis):
 
 @every_basis
 def test_a_state_in_memory_is_not_changed_by_further_training(basis):
-    run = Run(rank=3, svd_steps=2, basis=basis)
+    run = Run(rank=rank_of(basis), svd_steps=2, basis=basis)
     run.train(3)
     state = run.dskd.state_dict()
     before = dumped(state)
@@ -607,24 +620,24 @@ def test_a_state_of_other_settings_is_refused(changed):
 @every_basis
 @pytest.mark.parametrize(("of_student", "of_teacher"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
 def test_student_and_teacher_may_differ_in_precision(basis, of_student, of_teacher):
-    run = Run(rank=3, svd_steps=2, basis=basis)
+    run = Run(rank=rank_of(basis), svd_steps=2, basis=basis)
     same = {name: teacher.float() for name, teacher in run.teachers.items()}
     losses = []
     for dtype in (of_student, of_teacher):
         students = {name: nn.Parameter(weight.detach().float().to(of_student)) for name, weight in run.students.items()}
         pairs = [(name, weight, same[name].to(dtype)) for name, weight in students.items()]
-        losses.append(DirectionSensitivityLoss(pairs, rank=3, basis=basis)())
+        losses.append(DirectionSensitivityLoss(pairs, rank=rank_of(basis), basis=basis)())
     assert losses[0].dtype == of_student
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
 
 
 @every_basis
 def test_bf16_weights_are_worked_on_in_float32(basis):
-    half = Run(dtype=torch.bfloat16, rank=3, basis=basis)
-    single = Run(dtype=torch.bfloat16, rank=3, basis=basis)
+    half = Run(dtype=torch.bfloat16, rank=rank_of(basis), basis=basis)
+    single = Run(dtype=torch.bfloat16, rank=rank_of(basis), basis=basis)
     students = {name: nn.Parameter(weight.detach().float()) for name, weight in single.students.items()}
     pairs = [(name, weight, single.teachers[name].float()) for name, weight in students.items()]
-    single.students, single.dskd = students, DirectionSensitivityLoss(pairs, rank=3, basis=basis)
+    single.students, single.dskd = students, DirectionSensitivityLoss(pairs, rank=rank_of(basis), basis=basis)
     assert half.dskd().dtype == torch.float32
     assert torch.equal(half.dskd(), single.dskd())
     rounded = {name: value.bfloat16() for name, value in single.gradients().items()}
@@ -633,7 +646,7 @@ def test_bf16_weights_are_worked_on_in_float32(basis):
 
 @every_basis
 def test_float32_runs_are_close_to_float64(basis):
-    settings = {"rank": 3, "svd_steps": 4, "basis": basis}
+    settings = {"rank": rank_of(basis), "svd_steps": 4, "basis": basis}
     single, double = Run(dtype=torch.float32, **settings), Run(dtype=torch.float32, **settings)
     for name, weight in double.students.items():
         double.students[name].data = weight.data.double()
@@ -646,7 +659,7 @@ def test_float32_runs_are_close_to_float64(basis):
 
 @every_basis
 def test_autocast_does_not_reach_the_loss(basis):
-    inside, outside = (Run(dtype=torch.float32, rank=3, svd_steps=2, basis=basis) for _ in range(2))
+    inside, outside = (Run(dtype=torch.float32, rank=rank_of(basis), svd_steps=2, basis=basis) for _ in range(2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert inside.train(6) == outside_losses(outside)
     assert all(torch.equal(inside.weights()[name], w) for name, w in outside.weights().items())
@@ -657,21 +670,21 @@ def outside_losses(run: Run) -> list[float]:
         return run.train(6)
 
 
-def convolutions(layout=torch.contiguous_format, **settings) -> Run:
+def convolutions(basis: str, layout=torch.contiguous_format) -> Run:
     shapes = {"a": (6, 3, 3, 3), "b": (6, 3, 3, 3), "point": (4, 8, 1, 1), "depth": (8, 1, 3, 3)}
-    return Run(shapes=shapes, layout=layout, rank=3, svd_steps=4, grad_steps=2, **settings)
+    return Run(shapes=shapes, layout=layout, rank=rank_of(basis), svd_steps=4, grad_steps=2, basis=basis)
 
 
 @every_basis
 def test_convolution_weights_are_their_flattened_matrices(basis):
-    conv, matrix = convolutions(basis=basis), convolutions(basis=basis)
+    conv, matrix = convolutions(basis), convolutions(basis)
     for tensors in (matrix.teachers, matrix.targets):
         tensors.update({name: value.flatten(1) for name, value in tensors.items()})
     matrix.noise = {name: value.flatten(2) for name, value in matrix.noise.items()}
     matrix.students = {name: nn.Parameter(weight.detach().flatten(1)) for name, weight in matrix.students.items()}
     matrix.optimizer = torch.optim.SGD(matrix.students.values(), lr=0.02, momentum=0.9)
     pairs = [(name, weight, matrix.teachers[name]) for name, weight in matrix.students.items()]
-    matrix.dskd = DirectionSensitivityLoss(pairs, rank=3, svd_steps=4, grad_steps=2, basis=basis)
+    matrix.dskd = DirectionSensitivityLoss(pairs, rank=rank_of(basis), svd_steps=4, grad_steps=2, basis=basis)
     assert conv.train(10) == pytest.approx(matrix.train(10), rel=1e-9)
     for name, value in conv.gradients().items():
         assert_close(value.flatten(1), matrix.gradients()[name])
@@ -679,7 +692,7 @@ def test_convolution_weights_are_their_flattened_matrices(basis):
 
 @every_basis
 def test_channels_last_weights_give_the_same_losses_and_gradients(basis):
-    first, last = convolutions(basis=basis), convolutions(torch.channels_last, basis=basis)
+    first, last = convolutions(basis), convolutions(basis, torch.channels_last)
     assert last.students["a"].is_contiguous(memory_format=torch.channels_last)
     assert last.train(10) == pytest.approx(first.train(10), rel=1e-9)
     gradients = last.gradients()
@@ -725,7 +738,7 @@ def on_meta(**settings) -> DirectionSensitivityLoss:
     for weight in weights:
         weight.grad = torch.empty_like(weight)
     pairs = [(name, weight, torch.empty_like(weight)) for name, weight in zip(SHAPES, weights, strict=True)]
-    return DirectionSensitivityLoss(pairs, rank=3, **settings)
+    return DirectionSensitivityLoss(pairs, rank=rank_of(settings.get("basis")), **settings)
 
 
 def observed_step(dskd: DirectionSensitivityLoss) -> None:
@@ -765,7 +778,7 @@ def test_the_host_check_notices_a_read():
 
 @every_basis
 def test_a_held_step_multiplies_and_decomposes_no_matrices(basis):
-    run = Run(rank=3, svd_steps=10, basis=basis)
+    run = Run(rank=rank_of(basis), svd_steps=10, basis=basis)
     run.train(1)
     with NoDecompositions():
         run.train(8)
@@ -846,8 +859,8 @@ def test_an_unknown_name_to_skip_is_refused():
 # Golden values
 def golden_losses() -> dict[str, list[float]]:
     """20 steps in float32 with refreshes after 5, 10, 15 and gradients held for 2 steps."""
-    settings = {"dtype": torch.float32, "rank": 3, "svd_steps": 5, "grad_steps": 2}
-    return {basis: Run(basis=basis, **settings).train(20) for basis in BASES}
+    settings = {"dtype": torch.float32, "svd_steps": 5, "grad_steps": 2}
+    return {basis: Run(basis=basis, rank=rank_of(basis), **settings).train(20) for basis in BASES}
 
 
 @every_basis

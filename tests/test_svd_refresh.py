@@ -7,9 +7,9 @@ from torch.testing import assert_close
 
 from common import groups
 from common.matrices import right_singular
-from common.svd_loss import BASES, DirectionSensitivityLoss, direction_sensitivity, select_directions
+from common.svd_loss import DirectionSensitivityLoss, direction_sensitivity, select_directions
 
-every_basis = pytest.mark.parametrize("basis", BASES)
+every_singular_basis = pytest.mark.parametrize("basis", ["own", "update"])
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -101,7 +101,7 @@ def test_a_resumed_run_renews_at_the_same_steps():
         assert torch.equal(copy, W)
 
 
-@every_basis
+@every_singular_basis
 def test_the_parts_of_a_refresh_do_not_change_it(basis, monkeypatch):
     results = []
     for at_once in (10**9, 1):  # all matrices of a shape together, or one at a time
@@ -158,7 +158,7 @@ def test_randomized_scores_select_what_exact_scores_select():
     assert torch.minimum(exact, randomized).sum() > 0.98
 
 
-@every_basis
+@every_singular_basis
 def test_a_run_with_the_randomized_driver_stays_close_to_the_exact_one(basis):
     losses = {}
     for driver in ("svd", "randomized"):

@@ -73,15 +73,15 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(means), tuple(deviations)
 
 
-def balanced_subset(labels: Tensor, size: int) -> Tensor:
-    """Ascending indices (size,) of a fixed subset in which the classes' counts differ by at most one.
+def balanced_subset(labels: Tensor, size: int, seed: int = 0) -> Tensor:
+    """Ascending indices (size,) of a subset in which the classes' counts differ by at most one.
 
-    Seeded by 0 and independent of every other seed, so all runs with the same `size` see the same images; a smaller
-    subset is contained in a larger one. A class with too few images gives all that it has.
+    A function of `size` and `seed` alone; under one seed a smaller subset is contained in a larger one. A class with
+    too few images gives all that it has.
     """
     if not 1 <= size <= len(labels):
         raise UserError(f"DATASET.SUBSET {size}: expected 1 to {len(labels)}, the training images of this data set")
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
     counts = torch.bincount(labels)
     turn_of_class = torch.randperm(len(counts), generator=generator)

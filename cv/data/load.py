@@ -24,13 +24,16 @@ CONSTANTS = {"cifar100": (CIFAR100.mean, CIFAR100.std), "cifar10": (CIFAR10.mean
 PADDING_SHARE = 8  # zero padding is the side over this: 4 for CIFAR's 32 pixels
 
 
-def load_dataset(name: str, root: str | Path, *, image_size: int | None = None, subset: int | None = None) -> DataSets:
+def load_dataset(
+    name: str, root: str | Path, *, image_size: int | None = None, subset: int | None = None, subset_seed: int = 0
+) -> DataSets:
     """Read a data set into memory (N * C * H * W bytes on the CPU); nothing is cached.
 
     name: cifar100, cifar10 (layouts: `read_cifar`), tiny-imagenet, folder (layouts: cv/data/folders.py) or digits (root
     is not looked at). image_size: side in pixels that all images are brought to; None keeps their own, which must be
-    one. subset: train on that many images only, a fixed balanced choice (`balanced_subset`). Mean and standard
-    deviation are the customary constants for CIFAR, else those of all training images. Any bad input is a `UserError`.
+    one. subset: train on that many images only, a balanced choice by `subset_seed` (`balanced_subset`). Mean and
+    standard deviation are the customary constants for CIFAR, else those of all training images. Any bad input is a
+    `UserError`.
     """
     if name not in READERS:
         raise UserError(f"DATASET.NAME {name!r}: unknown; choose from {', '.join(READERS)}")
@@ -47,7 +50,7 @@ def load_dataset(name: str, root: str | Path, *, image_size: int | None = None, 
         )
     mean, std = CONSTANTS[name] if name in CONSTANTS else channel_statistics(train.images)
     if subset is not None:
-        train = train.take(balanced_subset(train.labels, subset))
+        train = train.take(balanced_subset(train.labels, subset, subset_seed))
     augment = Augment(padding=min(height, width) // PADDING_SHARE, flip=name != "digits")
     return DataSets(train, test, classes, mean, std, augment)
 

@@ -119,7 +119,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="steps for which a gradient of the DSKD loss is held (default: SVD_STEPS; 1, with --smoothing 0: exact in "
         "every step)",
     )
-    dskd.add_argument("--basis", choices=("own", "update"), default="own", help="whose singular directions are taken")
+    dskd.add_argument(
+        "--basis",
+        choices=("own", "update", "curvature"),
+        default="own",
+        help="whose directions are taken: own, each network's singular ones; update, those of the update; curvature, "
+        "the eigenvectors of mean products of gradients, which has no rank, driver, alpha, span and smoothing",
+    )
     dskd.add_argument(
         "--drift",
         type=_at_least(float, 0),
@@ -250,6 +256,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         refuse(("alpha",), "has no effect with --score magnitude")
     if args.basis == "update":
         refuse(("smoothing",), "has no effect with --basis update")
+    if args.basis == "curvature":
+        refuse(("rank_size", "svd_driver", "alpha", "span", "smoothing"), "has no effect with --basis curvature")
+        if args.score not in ("sensitivity", "random"):
+            raise UserError(f"--score {args.score} needs --basis own or update")
     if args.direction == "released":
         refuse(("smoothing",), "has no effect with --direction released")
     if args.direction == "released" and args.basis != "own":

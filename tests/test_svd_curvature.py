@@ -1,0 +1,228 @@
+"""The basis `curvature`: its metric, its scale, when it is renewed, and what it refuses."""
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from common.alignment import curvature_alignment
+from common.sensitivity import curvature_factors
+from common.svd_loss import DirectionSensitivityLoss
+
+SHAPES = {"square": (5, 5), "wide": (4, 7), "tall": (7, 4), "conv": (4, 2, 3, 3)}
+every_shape = pytest.mark.parametrize("shape", [(5, 5), (4, 7), (7, 4)])
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def flat(tensor: Tensor) -> np.ndarray:
+    return oracle.as_array(tensor).reshape(len(tensor), -1)
+
+
+def factors(m: int, n: int) -> tuple[Tensor, Tensor]:
+    """Symmetric, without negative eigenvalues, not of full rank."""
+    left, right = draw(m, 3, seed=3), draw(n, 3, seed=4)
+    return left @ left.mT, right @ right.mT
+
+
+class Run:
+    """Students that move by given updates under given gradients."""
+
+    def __init__(self, **settings):
+        torch.manual_seed(1)
+        self.students = {name: nn.Parameter(draw(*shape, seed=i)) for i, (name, shape) in enumerate(SHAPES.items())}
+        self.teachers = {name: draw(*shape, seed=50 + i) for i, (name, shape) in enumerate(SHAPES.items())}
+        pairs = [(name, W, self.teachers[name]) for name, W in self.students.items()]
+        self.dskd = DirectionSensitivityLoss(pairs, basis="curvature", **{"rank": 0, "svd_steps": 1} | settings)
+        self.seen: dict[str, list[Tensor]] = {name: [] for name in SHAPES}
+
+    def train(self, steps: int = 1, *, skip=(), spoil: str = "", still: str = "") -> None:
+        for _ in range(steps):
+            for i, (name, W) in enumerate(self.students.items()):
+                W.grad = draw(*W.shape, seed=1000 * (self.dskd.steps + 1) + i)
+                if name == spoil:
+                    W.grad[0] = math.inf
+            with self.dskd.observe(0.4, skip), torch.no_grad():
+                for name, W in self.students.items():
+                    W -= 0.0 if name == still else 0.01 * W.grad.nan_to_num(posinf=1.0)
+            if self.dskd.steps % self.dskd.svd_steps == 0 and not spoil:
+                for name, W in self.students.items():
+                    if name not in (*skip, still):
+                        self.seen[name].append(W.grad)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return dict(zip(self.students, torch.autograd.grad(self.dskd(), list(self.students.values())), strict=True))
+
+    def expected(self, name: str) -> Tensor:
+        """The pair's gradient by the oracle, divided by the number of pairs."""
+        gap = flat(self.students[name]) - flat(self.teachers[name])
+        A, B = np.eye(gap.shape[0]), np.eye(gap.shape[1])
+        if self.seen[name]:
+            A, B = oracle.mean_factors([flat(G) for G in self.seen[name]])
+        pull = A @ gap @ B
+        value = 2 * pull * np.linalg.norm(gap) / np.linalg.norm(pull) / min(gap.shape) / len(SHAPES)
+        return torch.from_numpy(value).view(self.students[name].shape)
+
+    def check(self) -> None:
+        assert_close(self.gradients(), {name: self.expected(name) for name in SHAPES}, rtol=1e-9, atol=1e-12)
+
+
+# The loss of two matrices
+@every_shape
+def test_the_loss_is_the_quadratic_form_times_its_scale(shape):
+    student, teacher, (A, B) = draw(*shape, seed=1), draw(*shape, seed=2), factors(*shape)
+    gap = oracle.as_array(student - teacher)
+    scale = np.linalg.norm(gap) / np.linalg.norm(oracle.as_array(A) @ gap @ oracle.as_array(B))
+    expected = scale * oracle.curvature_quadratic(student, teacher, oracle.as_array(A), oracle.as_array(B))
+    assert curvature_alignment(student, teacher, A, B).item() == pytest.approx(expected, rel=1e-12)
+
+
+@every_shape
+def test_its_gradient_is_that_of_the_quadratic_form_at_a_fixed_scale(shape):
+    student, teacher, (A, B) = draw(*shape, seed=1).requires_grad_(), draw(*shape, seed=2), factors(*shape)
+    curvature_alignment(student, teacher, A, B).backward()
+    gap = oracle.as_array(student.detach() - teacher)
+    scale = np.linalg.norm(gap) / np.linalg.norm(oracle.as_array(A) @ gap @ oracle.as_array(B))
+    numbers = [oracle.as_array(each) for each in (teacher, A, B)]
+    slope = oracle.finite_difference(lambda W: oracle.curvature_quadratic(W, *numbers), student)
+    assert_close(student.grad, torch.from_numpy(scale * slope), rtol=1e-7, atol=1e-7)
+
+
+@every_shape
+def test_its_gradient_has_the_norm_of_the_plain_difference(shape):
+    student, teacher = draw(*shape, seed=1).requires_grad_(), draw(*shape, seed=2)
+    curvature_alignment(student, teacher, *factors(*shape)).backward()
+    assert student.grad.norm().item() == pytest.approx(2 * (student - teacher).norm().item() / min(shape))
+
+
+def test_identities_give_the_squared_difference():
+    student, teacher = draw(4, 7, seed=1), draw(4, 7, seed=2)
+    loss = curvature_alignment(student, teacher, torch.eye(4).double(), torch.eye(7).double())
+    assert loss.item() == pytest.approx((student - teacher).square().sum().item() / 4)
+
+
+def test_the_scale_of_the_factors_does_not_matter():
+    student, teacher, (A, B) = draw(5, 5, seed=1), draw(5, 5, seed=2), factors(5, 5)
+    assert_close(curvature_alignment(student, teacher, 7 * A, 0.1 * B), curvature_alignment(student, teacher, A, B))
+
+
+def test_student_and_teacher_alike_give_zero_and_no_gradient():
+    student = draw(4, 7, seed=1).requires_grad_()
+    loss = curvature_alignment(student, student.detach().clone(), *factors(4, 7))
+    loss.backward()
+    assert (loss.item(), student.grad.abs().max().item()) == (0, 0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(exponent=st.sampled_from([-30, -12, 0, 8, 15]), zero=st.booleans(), shape=st.sampled_from([(1, 1), (3, 6)]))
+def test_factors_of_any_gradient_are_finite_with_a_mean_eigenvalue_of_1(exponent, zero, shape):
+    grad = torch.zeros(shape) if zero else (draw(*shape, seed=1) * 10.0**exponent).float()
+    for factor in curvature_factors(grad):
+        mean = torch.linalg.eigvalsh(factor).mean().item()
+        assert mean == pytest.approx(0 if zero else 1, abs=1e-5)
+
+
+# The running means
+def test_until_the_first_look_it_is_the_squared_difference():
+    run = Run(svd_steps=3)
+    run.train(2)
+    run.check()
+    assert all(
+        run.dskd.effective_directions()[name] == pytest.approx(min(flat(W).shape)) for name, W in run.students.items()
+    )
+
+
+def test_every_step_adds_its_gradient_to_the_means():
+    run = Run()
+    for _ in range(4):
+        run.train()
+        run.check()
+
+
+def test_with_svd_steps_only_every_nth_gradient_is_added():
+    run = Run(svd_steps=3)
+    run.train(9)
+    assert all(len(seen) == 3 for seen in run.seen.values())
+    run.check()
+
+
+def test_a_skipped_pair_and_one_that_stood_still_keep_their_means():
+    run = Run()
+    run.train(2)
+    run.train(skip=["wide"], still="tall")
+    assert [len(run.seen[name]) for name in SHAPES] == [3, 2, 2, 3]
+    run.check()
+
+
+@pytest.mark.filterwarnings("ignore:DSKD")
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    run = Run()
+    run.train(2)
+    run.train(spoil="wide")
+    run.check()
+    run.train()
+    run.check()
+
+
+def test_direction_weights_are_the_eigenvalues_of_the_smaller_factor():
+    run = Run()
+    run.train(5)
+    for name, seen in run.seen.items():
+        A, B = oracle.mean_factors([flat(G) for G in seen])
+        values = np.linalg.eigvalsh(A if len(A) < len(B) else B)[::-1]
+        row = run.dskd.direction_weights()[name]
+        assert_close(row, torch.from_numpy(values / values.sum()), rtol=1e-9, atol=1e-12)
+        assert run.dskd.effective_directions()[name] == pytest.approx(1 / row.square().sum().item())
+
+
+# Arms
+def test_the_plain_arm_is_the_squared_difference():
+    run = Run(direction="plain")
+    run.train(3)
+    for name, D in run.gradients().items():
+        gap = run.students[name].detach() - run.teachers[name]
+        assert_close(D, 2 * gap / min(flat(gap).shape) / len(SHAPES))
+
+
+def test_the_score_random_has_the_same_eigenvalues_on_other_directions():
+    run, other = Run(score="random"), Run()
+    run.train(5)
+    other.train(5)
+    assert_close(run.dskd.direction_weights(), other.dskd.direction_weights())
+    for name, D in run.gradients().items():
+        true = other.gradients()[name]
+        assert D.norm().item() == pytest.approx(true.norm().item())
+        assert torch.cosine_similarity(D.flatten(), true.flatten(), 0) < 0.999
+
+
+def test_the_score_random_reorders_rows_and_columns_of_a_factor_alike():
+    run = Run(score="random")
+    factor = factors(7, 7)[0]
+    (reordered,) = run.dskd._reordered(["tall"], factor[None], 0)
+    assert not torch.equal(reordered, factor)
+    assert_close(reordered.diagonal().sort().values, factor.diagonal().sort().values)
+    assert_close(torch.linalg.eigvalsh(reordered), torch.linalg.eigvalsh(factor), rtol=1e-9, atol=1e-9)
+
+
+# What it has no use for
+@pytest.mark.parametrize(
+    ("setting", "value", "needed"),
+    [
+        ("rank", 3, "rank 0"),
+        ("score", "tempered", "score sensitivity or random"),
+        ("alpha", 0.5, "alpha None"),
+        ("span", "interval", "span step"),
+        ("smoothing", 0.1, "smoothing 0"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(setting, value, needed):
+    with pytest.raises(ValueError, match=f"^the basis 'curvature' needs {needed}$"):
+        Run(**{setting: value})
