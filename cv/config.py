@@ -65,7 +65,7 @@ def defaults() -> CfgNode:
     cfg.DSKD.GRAD_STEPS = 2  # optimizer steps for which an exact gradient is held (int, 1 with DRIFT 0: every step)
     cfg.DSKD.DRIFT = 0.0003  # hold it on while no matrix has moved by this share of its norm (float, 0: never)
     cfg.DSKD.SMOOTHING = 0.0  # of it between close singular values, docs/method.md (float, 0: exact)
-    cfg.DSKD.BASIS = "own"  # own: each network's singular triplets; update: the update's; curvature: docs/method.md
+    cfg.DSKD.BASIS = "own"  # own: each network's directions; update: the update's; curvature: docs/method.md (str)
     cfg.DSKD.DRIVER = "gram"  # decomposition: gram (eigenvectors of W^T W), svd, or randomized for the updates (str)
     cfg.DSKD.DIRECTION = "sensitive"  # sensitive is DSKD; plain, random, shuffled, shrink, released: controls (str)
     cfg.DSKD.ALPHA = -1.0  # blend of gradient (0) and curvature (1) in the score (float, -1: the progress t/T)
