@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py startup     seconds of --help and to a first training step
 python scripts/benchmark.py method      DSKD's share of a training step, and against an SVD in every step
+python scripts/benchmark.py curvature   the same for the basis curvature, which is renewed in every step
 python scripts/benchmark.py growth      how DSKD's cost grows with matrices, rank, pairs and processes
 python scripts/benchmark.py cv          images per second and memory beside the toolkits' loop (needs CIFAR-100)
 python scripts/benchmark.py nlp         examples per second and metric beside the GLUE example's loop (needs GLUE)
@@ -25,7 +26,7 @@ TASKS = ("RTE", "MRPC", "CoLA", "SST-2")
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("startup", "method", "growth", "cv", "nlp", "exactness", "all"))
+    parser.add_argument("what", choices=("startup", "method", "curvature", "growth", "cv", "nlp", "exactness", "all"))
     parser.add_argument(
         "--output", type=Path, default=ROOT / "results" / "benchmark", help="default: results/benchmark"
     )
@@ -64,6 +65,10 @@ def main() -> None:
         from benchmark_lib import method
 
         print(method.run(args.output, args.quick), flush=True)
+    if wanted("curvature"):
+        from benchmark_lib import curvature
+
+        print(curvature.run(args.output, args.quick), flush=True)
     if wanted("growth"):
         from benchmark_lib import growth
 

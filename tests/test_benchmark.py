@@ -46,6 +46,15 @@ def test_method_writes_the_share_of_a_step_and_the_ratio_to_the_svd_in_every_ste
     assert [row[0] for row in rows(lines)] == [result["case"] for result in written["results"]]
 
 
+def test_curvature_writes_its_share_of_a_step(execute):
+    written, lines = execute("curvature")
+    medians = {name: values["median"] for name, values in written["seconds"].items()}
+    step = medians.pop("step")
+    assert medians.keys() == {"choose directions", "expand", "held"}
+    assert written["share_of_step"] == pytest.approx(sum(medians.values()) / step)
+    assert rows(lines)[0][0] == written["case"]
+
+
 def test_cv_writes_speed_and_memory_of_both_loops_in_both_precisions(execute, monkeypatch):
     from benchmark_lib import loops, memory
 

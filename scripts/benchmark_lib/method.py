@@ -28,6 +28,7 @@ class Case:
     drift: float = 0.0
     driver: str = "gram"
     svd_steps: int = 100
+    basis: str = "own"
 
 
 def bert_case(batch: int, length: int, device: str, **sizes: int) -> Case:
@@ -86,6 +87,7 @@ def parts(case: Case, driver: str | None = None) -> tuple[DirectionSensitivityLo
     """The loss after a first choice of directions, and by name the things that it does, to be timed."""
     students = [student for _, student, _ in case.pairs]
     settings = {"grad_steps": case.grad_steps, "drift": case.drift, "driver": driver or case.driver}
+    settings |= {"basis": case.basis}
     dskd = DirectionSensitivityLoss(case.pairs, case.rank, case.svd_steps, **settings)
     updates = [1e-5 * torch.randn_like(student) for student in students]  # AdamW-like in size
     for student in students:
