@@ -17,7 +17,8 @@ class DirectionRecord:
 
     `index` counts the singular directions of the update from 0, the largest singular value first, and leaves out those
     of weight 0; `sigma` are their singular values in units of the largest; d is ||W_s - W_t||_F / ||W_t||_F. Numbers
-    have 4 significant digits. A pair that kept its directions is written with those.
+    have 4 significant digits. A pair that kept its directions is written with those. With the basis "curvature"
+    index and weight are those of the eigenvectors of the smaller factor, and sigma is 0.
 
     Args:
         folder: the run's output folder.

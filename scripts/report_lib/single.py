@@ -97,6 +97,11 @@ def _training(run: Run) -> list[str]:
     return drawn
 
 
+def _ranked_by(run: Run) -> str:
+    basis = run.setting("DSKD.BASIS", "basis", "own")
+    return "eigenvalue of the curvature" if basis == "curvature" else "singular value of the update"
+
+
 def _directions(run: Run) -> str:
     if not run.choices:
         words = "No directions have been chosen (or recorded in directions.jsonl) yet." if run.has_dskd else ""
@@ -115,7 +120,7 @@ def _directions(run: Run) -> str:
                 "Which directions are aligned",
                 note(
                     "A panel for each layer pair: to the right the optimizer step, downwards the direction, 1 being "
-                    "the largest singular value of the update (logarithmic where there are many). Colour is the weight "
+                    f"the largest {_ranked_by(run)} (logarithmic where there are many). Colour is the weight "
                     "of the direction in the loss, from each choice to the next; blank is not selected. One dark row "
                     "on top means that all weight lies on the leading direction." + less
                 ),
