@@ -243,6 +243,16 @@ def test_the_report_of_a_real_text_run_has_both_spectra(text, monkeypatch):
     assert spectra_of(page_of(monkeypatch, folder_of(text))) == [chosen, set(lines[0])]
 
 
+def test_the_report_of_a_run_along_the_curvature_ranks_by_it_and_has_no_spectra_of_updates(tmp_path, monkeypatch):
+    settings = "DSKD.ENABLED true DSKD.BASIS curvature DSKD.SVD_STEPS 1"
+    train(short_config(tmp_path / "run", save_teacher(tmp_path / "teacher"), settings))
+    lines = read_lines(tmp_path / "run")
+    page = page_of(monkeypatch, tmp_path / "run")
+    assert len(lines) == 4
+    assert "the largest eigenvalue of the curvature" in page
+    assert spectra_of(page) == [set(), set(lines[0]["weights"])]
+
+
 def test_a_text_student_stands_beside_the_last_predecessor_layer_of_its_group(text, tiny):  # noqa: F811
     pairs = {name: (ours, theirs) for name, ours, theirs in weight_pairs(load_run(folder_of(text)))}
     ours, theirs = pairs["0.output.dense"]
