@@ -88,6 +88,11 @@ def test_dskd_is_off_by_default():
     assert parse(TRAIN).if_svd is False
 
 
+def test_the_curvature_takes_all_directions_and_smooths_nothing():
+    args = parse(TRAIN + "--ifsvd --basis curvature")
+    assert (args.rank_size, args.smoothing) == (0, 0.0)
+
+
 def test_dskd_switched_by_another_word_is_refused():
     assert "neither true nor false" in complaint(TRAIN + "--ifsvd perhaps")
 

@@ -260,6 +260,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         refuse(("rank_size", "svd_driver", "alpha", "span", "smoothing"), "has no effect with --basis curvature")
         if args.score not in ("sensitivity", "random"):
             raise UserError(f"--score {args.score} needs --basis own or update")
+        args.rank_size, args.smoothing = 0, 0.0  # all directions, without a decomposition
     if args.direction == "released":
         refuse(("smoothing",), "has no effect with --direction released")
     if args.direction == "released" and args.basis != "own":

@@ -239,12 +239,12 @@ def _build_dskd(args, pairs) -> DirectionSensitivityLoss | None:
         return None
     return DirectionSensitivityLoss(
         pairs,
-        rank=0 if args.basis == "curvature" else args.rank_size,
+        rank=args.rank_size,
         svd_steps=args.svd_steps,
         basis=args.basis,
         grad_steps=args.grad_steps,
         drift=args.drift,
-        smoothing=0.0 if args.basis == "curvature" else args.smoothing,
+        smoothing=args.smoothing,
         driver=args.svd_driver,
         direction=args.direction,
         alpha=args.alpha,
