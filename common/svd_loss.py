@@ -253,12 +253,10 @@ class DirectionSensitivityLoss:
         """1 / sum(w^2) of every pair: how many directions its weights amount to."""
         effective = {}
         for group in self._groups:
-            if self.basis == "curvature":
-                values = (1.0 / self._weights(group).square().sum(-1)).tolist()
-            elif group.weights is None:
+            if group.weights is None and self.basis != "curvature":  # a whole number, without rounding
                 values = [float(selected_count(self.rank, group.r))] * len(group.names)
             else:
-                values = (1.0 / group.weights.square().sum(-1)).tolist()
+                values = (1.0 / self._weights(group).square().sum(-1)).tolist()
             effective.update(zip(group.names, values, strict=True))
         return effective
 

@@ -97,12 +97,13 @@ def test_own_loss_and_gradient(tensors, rank, driver):
     assert bool(student.grad.isfinite().all())
 
 
-@pytest.mark.parametrize("basis", ["own", "update"])
+@pytest.mark.parametrize("basis", ["own", "update", "curvature"])
 @pytest.mark.parametrize("grad_steps", [1, 3])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(tensors=matrices(4, st.sampled_from([-30, -12, 0, 6])), rank=ranks, driver=drivers)
 def test_three_steps_of_the_whole_loss(basis, grad_steps, tensors, rank, driver):
     start, teacher, update, grad = tensors
+    rank = 0 if basis == "curvature" else rank  # it takes all
     student = nn.Parameter(start)
     dskd = DirectionSensitivityLoss(
         [("layer", student, teacher)], rank, 1, basis=basis, grad_steps=grad_steps, driver=driver
