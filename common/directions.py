@@ -9,6 +9,8 @@ from torch import Tensor
 from common.step_log import StepLog
 from common.svd_loss import DirectionSensitivityLoss
 
+_CURVATURE_STEPS = 20  # a mean over about 20 gradients changes no faster, and to see it takes a decomposition
+
 
 class DirectionRecord:
     """Writes one line per choice of directions (one process only: rank 0):
@@ -18,7 +20,8 @@ class DirectionRecord:
     `index` counts the singular directions of the update from 0, the largest singular value first, and leaves out those
     of weight 0; `sigma` are their singular values in units of the largest; d is ||W_s - W_t||_F / ||W_t||_F. Numbers
     have 4 significant digits. A pair that kept its directions is written with those. With the basis "curvature"
-    index and weight are those of the eigenvectors of the smaller factor, and sigma is 0.
+    index and weight are those of the eigenvectors of the smaller factor, sigma is 0, and of the renewals within 20
+    steps one is written.
 
     Args:
         folder: the run's output folder.
@@ -40,10 +43,12 @@ class DirectionRecord:
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
-        """After an optimizer step, `step` of them done: write a line if it chose directions anew."""
+        """After an optimizer step, `step` of them done: write a line if it chose directions anew (see the class)."""
         if self._dskd.choices == self._choices:
             return
         self._choices = self._dskd.choices
+        if self._dskd.basis == "curvature" and not self._first_of_some(step):
+            return
         spectra = self._dskd.update_spectra()
         weights = {
             name: _non_zero(row.cpu(), spectra[name].cpu()) for name, row in self._dskd.direction_weights().items()
@@ -51,6 +56,10 @@ class DirectionRecord:
         distances = torch.stack([_distance(student, teacher) for _, student, teacher in self._pairs]).tolist()
         names = [name for name, _, _ in self._pairs]
         self._log.append(step, weights=weights, distance=dict(zip(names, map(_rounded, distances), strict=True)))
+
+    def _first_of_some(self, step: int) -> bool:
+        """Whether the renewal before this one was in another stretch of steps; the same after a resume."""
+        return (step - 1) // _CURVATURE_STEPS != (step - 1 - self._dskd.svd_steps) // _CURVATURE_STEPS
 
 
 def _non_zero(weights: Tensor, spectrum: Tensor) -> dict[str, list]:
