@@ -99,6 +99,7 @@ def test_bad_data_is_located_and_nothing_is_written(own, complaint, spoil, told)
         (("--num_successor_layers", "3"), "4 layers do not divide into 3 groups; possible are 1, 2, 4"),
         (("--method", "finetune", "--num_successor_layers", "5"), "the model has 4 layers"),
         (("--method", "finetune", "--num_successor_layers", "3", "--ifsvd"), "do not divide into 3 groups"),
+        (("--method", "finetune", "--num_successor_layers", "3", "--start", "paired"), "do not divide into 3 groups"),
         (("--method", "pkd", "--num_successor_layers", "1"), "--method pkd with one student layer"),
         (("--max_seq_length", "65"), "--max_seq_length 65: the model takes 64 tokens at most"),
         (("--max_seq_length", "4"), "a sequence length of 4 does not fit"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertTokenizerFast, DataCollatorWithPadding
 
-from bert_of_theseus.data import Examples, load_task_data, selection_split, tokenize
+from bert_of_theseus.data import Examples, load_task_data, random_subset, selection_split, tokenize
 from bert_of_theseus.tasks import custom_task, get_task
 from common.errors import UserError
 
@@ -215,6 +215,20 @@ def test_a_selection_split_depends_on_nothing_but_the_seed():
 def test_a_selection_split_of_scores_covers_their_range():
     _, part = selection_split(examples(np.linspace(0, 5, 100), SCORES), 0.1, seed=0)
     assert np.histogram(part.labels, bins=5, range=(0, 5))[0].tolist() == [2, 2, 2, 2, 2]
+
+
+def test_a_random_subset_is_in_file_order_and_depends_on_nothing_but_the_seed():
+    whole = examples([0, 1] * 50)
+    first, again, other = (random_subset(whole, 20, seed) for seed in (1, 1, 2))
+    numbers = [int(text.split()[1]) for text in first.texts[0]]
+    assert len(numbers) == len(set(numbers)) == 20
+    assert numbers == sorted(numbers)
+    assert first.labels.tolist() == [number % 2 for number in numbers]
+    assert first.texts == again.texts != other.texts
+
+
+def test_a_random_subset_larger_than_the_set_is_the_set():
+    assert random_subset(examples([0, 1, 1]), 10, seed=0).texts == examples([0, 1, 1]).texts
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1])

@@ -8,7 +8,7 @@ from nlp_fixtures import execute, flags, log_of, result_of, tiny, write_model  #
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from bert_of_theseus.distillation import DistilledModel, logit_loss, patient_loss
-from bert_of_theseus.modeling import first_layers
+from bert_of_theseus.modeling import copied_layers
 
 
 def small_bert() -> BertForSequenceClassification:
@@ -46,7 +46,7 @@ def test_patient_loss_compares_directions_of_first_tokens():
 
 def test_pkd_compares_after_every_layer_but_the_last():
     teacher = small_bert()
-    model = DistilledModel(first_layers(teacher, 2), teacher, alpha=0.5, temperature=2.0, beta=1.0)
+    model = DistilledModel(copied_layers(teacher, 2), teacher, alpha=0.5, temperature=2.0, beta=1.0)
     assert model.layers == [1]
 
 
@@ -55,7 +55,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
     for module in teacher.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    student = first_layers(teacher, 2)
+    student = copied_layers(teacher, 2)
     model = DistilledModel(student, teacher, alpha=0.25, temperature=3.0, beta=7.0).train()
     ours = student(**batch(), output_hidden_states=True)
     theirs = teacher(**batch(), output_hidden_states=True)
@@ -66,7 +66,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
 
 def test_only_the_student_gets_gradients():
     teacher = small_bert()
-    model = DistilledModel(first_layers(teacher, 2), teacher, alpha=0.5, temperature=2.0, beta=1.0).train()
+    model = DistilledModel(copied_layers(teacher, 2), teacher, alpha=0.5, temperature=2.0, beta=1.0).train()
     model(**batch())["loss"].backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(parameter.grad is not None for parameter in model.student.parameters())
@@ -74,7 +74,7 @@ def test_only_the_student_gets_gradients():
 
 def test_evaluation_runs_the_student_alone():
     teacher = small_bert()
-    model = DistilledModel(first_layers(teacher, 2), teacher, alpha=0.5, temperature=2.0).eval()
+    model = DistilledModel(copied_layers(teacher, 2), teacher, alpha=0.5, temperature=2.0).eval()
     model.teacher.forward = None  # a call would fail
     assert torch.equal(model(**batch()).logits, model.student(**batch()).logits)
 

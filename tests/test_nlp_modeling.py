@@ -16,7 +16,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from bert_of_theseus.modeling import TheseusModel, encoder_layers, first_layers, layer_pairs
+from bert_of_theseus.modeling import TheseusModel, copied_layers, encoder_layers, layer_pairs
 from bert_of_theseus.schedules import replacing_schedule
 from bert_of_theseus.training import compile_layers
 from common.errors import UserError
@@ -110,12 +110,24 @@ def test_evaluation_takes_no_draw():
     assert torch.equal(model.generator.get_state(), before)
 
 
-def test_successors_start_as_the_first_layers():
+@pytest.mark.parametrize(("start", "chosen"), [("first", [0, 1]), ("paired", [1, 3])])
+def test_a_student_starts_as_the_first_or_the_paired_layers_whatever_its_method(start, chosen):
     model = bert()
-    first = [copy.deepcopy(layer.state_dict()) for layer in list(encoder_layers(model))[:2]]
-    for module, state in zip(TheseusModel(model, 2).theseus_modules, first, strict=True):
-        for name, value in module.successor.state_dict().items():
-            assert torch.equal(value, state[name])
+    wanted = [copy.deepcopy(encoder_layers(model)[i].state_dict()) for i in chosen]
+    copied = encoder_layers(copied_layers(model, 2, start))
+    successors = [module.successor for module in TheseusModel(model, 2, start=start).theseus_modules]
+    for layers in (copied, successors):
+        for layer, state in zip(layers, wanted, strict=True):
+            assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
+def test_paired_layers_are_at_no_distance_from_their_teachers():
+    teacher = bert()
+    for pairs in (
+        layer_pairs(copied_layers(teacher, 2, "paired"), teacher),
+        TheseusModel(teacher, 2, start="paired").pairs(),
+    ):
+        assert all(torch.equal(ours, theirs) for _, ours, theirs in pairs)
 
 
 @pytest.mark.parametrize(("count", "groups"), [(1, [4]), (2, [2, 2]), (4, [1, 1, 1, 1])])
@@ -234,7 +246,7 @@ def test_a_successor_pairs_its_six_matrices_with_the_last_layer_of_its_group():
 
 def test_a_shallower_model_pairs_with_the_same_layers_of_its_teacher():
     teacher = bert(num_hidden_layers=6)
-    pairs = layer_pairs(first_layers(teacher, 3), teacher)
+    pairs = layer_pairs(copied_layers(teacher, 3), teacher)
     last = {int(name.split(".")[0]): weight for name, _, weight in pairs if name.endswith("intermediate.dense")}
     expected = {i: encoder_layers(teacher)[k].intermediate.dense.weight for i, k in enumerate((1, 3, 5))}
     assert all(last[i] is weight for i, weight in expected.items())
@@ -245,9 +257,9 @@ def test_layers_of_unequal_width_are_refused_with_both_names_and_shapes():
         layer_pairs(bert(num_hidden_layers=2, hidden_size=16), bert())
 
 
-def test_first_layers_is_an_independent_trainable_copy():
+def test_a_copy_of_the_first_layers_is_an_independent_trainable_copy():
     model = bert().requires_grad_(False)
-    student = first_layers(model, 3)
+    student = copied_layers(model, 3)
     assert student.config.num_hidden_layers == len(encoder_layers(student)) == 3
     assert len(encoder_layers(model)) == 4
     assert all(parameter.requires_grad for parameter in student.parameters())
@@ -257,7 +269,7 @@ def test_first_layers_is_an_independent_trainable_copy():
 
 def test_more_first_layers_than_there_are_is_refused():
     with pytest.raises(UserError, match="--num_successor_layers 5: the model has 4 layers"):
-        first_layers(bert(), 5)
+        copied_layers(bert(), 5)
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,16 @@ def test_finetuning_the_first_layers_is_the_control(tiny, tmp_path):  # noqa: F8
     assert predictor_of(tmp_path / "student").config.num_hidden_layers == result_of(tmp_path)["layers"] == 3
 
 
+@pytest.mark.parametrize("method", ["theseus", "finetune", "kd"])
+def test_a_paired_student_starts_with_the_last_layers_of_the_groups(tiny, tmp_path, method):  # noqa: F811
+    settings = ("--method", method, "--num_successor_layers", "2", "--start", "paired", "--learning_rate", "1e-9")
+    execute(flags(tiny, tmp_path, *settings, "--max_steps", "1"))
+    ours, theirs = weights_of(tmp_path / "student"), weights_of(tiny.model)
+    name = "bert.encoder.layer.{}.output.dense.weight"
+    for i, k in enumerate((1, 3)):
+        torch.testing.assert_close(ours[name.format(i)], theirs[name.format(k)], rtol=0, atol=1e-7)
+
+
 def test_finetuning_takes_dskd_with_the_given_model_as_its_teacher(tiny, tmp_path):  # noqa: F811
     execute(flags(tiny, tmp_path, "--method", "finetune", "--num_successor_layers", "2", "--max_steps", "4", *DSKD))
     logged = log_of(tmp_path, "dskd_loss")
@@ -372,6 +382,11 @@ def test_the_best_is_chosen_on_the_selection_split_when_there_is_one(tiny, tmp_p
     assert result["best"] == dev[result["best_step"]]
     assert result["last"] == dev[8]
     assert result["best_chosen_on"] == "selection split of the training set"
+
+
+def test_training_examples_can_be_limited(tiny, tmp_path):  # noqa: F811
+    execute(flags(tiny, tmp_path, "--method", "finetune", "--max_train_samples", "9", "--num_train_epochs", "1"))
+    assert result_of(tmp_path)["steps"] == 2  # batches of 8
 
 
 def test_the_last_step_is_evaluated_even_between_two_evaluations(tiny, tmp_path):  # noqa: F811

@@ -70,14 +70,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--method",
         choices=("theseus", "finetune", "kd", "pkd"),
         default="theseus",
-        help="theseus: module replacing; finetune: the model itself, or its first layers; kd, pkd: its first layers "
-        "with the model's logits, and for pkd its hidden states, as targets",
+        help="theseus: module replacing; finetune: the model itself, or some of its layers; kd, pkd: some of its "
+        "layers with the model's logits, and for pkd its hidden states, as targets",
     )
     method.add_argument(
         "--num_successor_layers",
         type=_at_least(int, 1),
-        help="layers of the student, which starts from the model's first ones (default: half of the model's; all of "
-        "them for finetune)",
+        help="layers of the student (default: half of the model's; all of them for finetune)",
+    )
+    method.add_argument(
+        "--start",
+        choices=("first", "paired"),
+        default="first",
+        help="which of the model's layers the student's start as: first, its first ones; paired, the last ones of the "
+        "groups that a layer of the student stands for, with which DSKD pairs them",
     )
     method.add_argument(
         "--replacing_rate", type=_probability, default=0.3, help="probability of replacing at the start"
@@ -177,6 +183,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--learning_rate", type=_positive, default=5e-5, help="peak learning rate of AdamW")
     train.add_argument("--num_train_epochs", type=_positive, default=3.0, help="passes over the training set")
     train.add_argument("--max_steps", type=_at_least(int, 1), help="stop after so many optimizer steps instead")
+    train.add_argument(
+        "--max_train_samples", type=_at_least(int, 1), help="train on so many examples only, drawn by SEED"
+    )
     train.add_argument("--per_gpu_train_batch_size", type=_at_least(int, 1), default=32, help="examples per device")
     train.add_argument("--per_gpu_eval_batch_size", type=_at_least(int, 1), default=32, help="examples per device")
     train.add_argument(
@@ -277,6 +286,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(
             "--ifsvd with --method finetune needs --num_successor_layers: a student smaller than its teacher"
         )
+    if args.method == "finetune" and not args.num_successor_layers:
+        refuse(("start",), "needs --num_successor_layers: without it --method finetune trains all layers")
     if not args.finetune_predecessor:
         refuse(_ONLY_WITH_PREDECESSOR, "needs --finetune_predecessor")
     if args.scheduler_type == "constant":

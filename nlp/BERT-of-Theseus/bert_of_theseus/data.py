@@ -125,6 +125,12 @@ def selection_split(examples: Examples, fraction: float, seed: int) -> tuple[Exa
     return examples.subset(np.sort(left)), examples.subset(np.sort(part))
 
 
+def random_subset(examples: Examples, count: int, seed: int) -> Examples:
+    """`count` examples drawn at random, in file order; all of them if there are no more. The same for the same seed."""
+    drawn = np.random.default_rng(seed).permutation(len(examples))[:count]
+    return examples.subset(np.sort(drawn))
+
+
 class TokenizedDataset(torch.utils.data.Dataset):
     """Token ids of N examples, kept as flat arrays (a set of QQP's size stays below 200 MB).
 

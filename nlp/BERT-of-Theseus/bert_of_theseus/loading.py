@@ -5,7 +5,7 @@ import argparse
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from bert_of_theseus.data import load_task_data, selection_split
+from bert_of_theseus.data import load_task_data, random_subset, selection_split
 from bert_of_theseus.modeling import encoder_layers
 from bert_of_theseus.tasks import Task, custom_task, get_task
 from common.errors import UserError
@@ -25,6 +25,8 @@ def load_data(args: argparse.Namespace) -> tuple[dict, Task]:
     task = next(iter(data.values())).task
     if args.selection_split:
         data["train"], data["selection"] = selection_split(data["train"], args.selection_split, args.seed)
+    if args.max_train_samples:
+        data["train"] = random_subset(data["train"], args.max_train_samples, args.seed)
     return data, task
 
 
@@ -86,7 +88,7 @@ def check_layers(args: argparse.Namespace, layers: int) -> None:
     count = args.num_successor_layers
     if not args.do_train or (args.method == "finetune" and not count):
         return
-    if args.method != "finetune" or args.if_svd:
+    if args.method != "finetune" or args.if_svd or args.start == "paired":
         try:
             last_of_group(layers, count or default_successor_layers(layers))
         except UserError as error:

@@ -35,13 +35,18 @@ def with_layers(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
     return model
 
 
-def first_layers(model: nn.Module, count: int) -> nn.Module:
-    """A trainable copy of a model that keeps its first `count` encoder layers."""
+def copied_layers(model: nn.Module, count: int, start: str = "first") -> nn.Module:
+    """A trainable copy of a model that keeps `count` of its encoder layers: its first ones, or the "paired" ones.
+
+    Those that are paired are the layers that `layer_pairs` pairs the copy's with.
+    """
     available = len(encoder_layers(model))
     if not 0 < count <= available:
         raise UserError(f"--num_successor_layers {count}: the model has {available} layers")
+    chosen = last_of_group(available, count) if start == "paired" else range(count)
     student = copy.deepcopy(model).requires_grad_(True)
-    return with_layers(student, list(encoder_layers(student))[:count])
+    layers = encoder_layers(student)
+    return with_layers(student, [layers[i] for i in chosen])
 
 
 def layer_pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
@@ -79,20 +84,22 @@ class TheseusModel(nn.Module):
 
     Args:
         predecessor: a fine-tuned transformers model for sequence classification; it is taken over and frozen.
-        num_successor_layers: l, a divisor of the predecessor's layers L. Successors start as its first l layers.
+        num_successor_layers: l, a divisor of the predecessor's layers L.
         seed: of the Bernoulli draws, which are the same on every rank.
+        start: the layers that successors start as: "first", the predecessor's first l; "paired", the last ones of the
+            groups that they replace, with which DSKD pairs them.
     """
 
-    def __init__(self, predecessor: nn.Module, num_successor_layers: int, seed: int = 0):
+    def __init__(self, predecessor: nn.Module, num_successor_layers: int, seed: int = 0, start: str = "first"):
         super().__init__()
         layers = list(encoder_layers(predecessor))
         ends = last_of_group(len(layers), num_successor_layers)
         predecessor.requires_grad_(False)
-        modules, start = [], 0
+        modules, first = [], 0
         for i, end in enumerate(ends):
-            successor = copy.deepcopy(layers[i]).requires_grad_(True)
-            modules.append(TheseusModule(layers[start : end + 1], successor))
-            start = end + 1
+            successor = copy.deepcopy(layers[end if start == "paired" else i]).requires_grad_(True)
+            modules.append(TheseusModule(layers[first : end + 1], successor))
+            first = end + 1
         predecessor.base_model.encoder.layer = nn.ModuleList(modules)
         self.model = predecessor
         self.config = predecessor.config

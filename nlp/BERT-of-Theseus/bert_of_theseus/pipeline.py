@@ -13,7 +13,7 @@ from bert_of_theseus.arguments import DSKD_SETTINGS
 from bert_of_theseus.data import tokenize
 from bert_of_theseus.distillation import DistilledModel
 from bert_of_theseus.loading import default_successor_layers, load_data, load_model, max_length
-from bert_of_theseus.modeling import TheseusModel, encoder_layers, first_layers, layer_pairs
+from bert_of_theseus.modeling import TheseusModel, copied_layers, encoder_layers, layer_pairs
 from bert_of_theseus.output import check_folder, claim_folder
 from bert_of_theseus.predictions import write_predictions
 from bert_of_theseus.reporting import card, flatten, in_words, merged, method_in_words
@@ -127,9 +127,9 @@ def _build_student(args, model):
         return model, None
     count = args.num_successor_layers or default_successor_layers(len(encoder_layers(model)))
     if args.method == "theseus":
-        theseus = TheseusModel(model, count, seed=args.seed)
+        theseus = TheseusModel(model, count, seed=args.seed, start=args.start)
         return theseus, theseus.pairs()
-    student = first_layers(model, count)
+    student = copied_layers(model, count, args.start)
     pairs = layer_pairs(student, model.requires_grad_(False)) if args.if_svd else None
     if args.method == "finetune":
         return student, pairs
