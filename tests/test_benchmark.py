@@ -52,6 +52,8 @@ def test_curvature_writes_its_share_of_a_step(execute):
     step = medians.pop("step")
     assert medians.keys() == {"choose directions", "expand", "held"}
     assert written["share_of_step"] == pytest.approx(sum(medians.values()) / step)
+    rarer = medians["held"] + medians["expand"] / 2 + medians["choose directions"] / 4
+    assert written["share_of_step_svd_steps_4_grad_steps_2"] == pytest.approx(rarer / step)
     assert rows(lines)[0][0] == written["case"]
 
 
