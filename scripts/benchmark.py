@@ -7,6 +7,7 @@ python scripts/benchmark.py growth      how DSKD's cost grows with matrices, ran
 python scripts/benchmark.py cv          images per second and memory beside the toolkits' loop (needs CIFAR-100)
 python scripts/benchmark.py nlp         examples per second and metric beside the GLUE example's loop (needs GLUE)
 python scripts/benchmark.py exactness   how far the held gradient is from the exact one in real training (needs both)
+python scripts/benchmark.py scores      how far the release's choice of directions is from ours (needs CIFAR-100)
 python scripts/benchmark.py all         all of these
 """
 
@@ -26,7 +27,8 @@ TASKS = ("RTE", "MRPC", "CoLA", "SST-2")
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("startup", "method", "curvature", "growth", "cv", "nlp", "exactness", "all"))
+    names = ("startup", "method", "curvature", "growth", "cv", "nlp", "exactness", "scores", "all")
+    parser.add_argument("what", choices=names)
     parser.add_argument(
         "--output", type=Path, default=ROOT / "results" / "benchmark", help="default: results/benchmark"
     )
@@ -87,6 +89,10 @@ def main() -> None:
         from benchmark_lib import exactness
 
         print(exactness.run(args.output, args.quick, args.cifar100, args.glue, args.model), flush=True)
+    if wanted("scores"):
+        from benchmark_lib import scores
+
+        print(scores.run(args.output, args.quick, args.cifar100), flush=True)
 
 
 if __name__ == "__main__":

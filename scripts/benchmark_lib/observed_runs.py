@@ -1,9 +1,10 @@
-"""Short runs of both recipes with DSKD, observed by `HeldGradient`."""
+"""Short runs of both recipes with DSKD, observed by `HeldGradient` or what has its methods."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate.utils import set_seed
@@ -31,6 +32,8 @@ from cv.methods import build_distiller
 from cv.models import build_model
 from cv.teachers import load_teacher
 
+Observer = TypeVar("Observer")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -50,7 +53,9 @@ class Plan:
     tuning_steps: int = 0
 
 
-def observe_cv(plan: Plan, cifar100: str, random_teacher: bool) -> tuple[HeldGradient, dict[str, str]]:
+def observe_cv(
+    plan: Plan, cifar100: str, random_teacher: bool, observer: Callable[..., Observer] = HeldGradient
+) -> tuple[Observer, dict[str, str]]:
     """ResNet56 -> ResNet20 by KD with DSKD, the recipe of configs/cifar100 in fewer steps; (measurements, case)."""
     words = f"DSKD.ENABLED true DSKD.RANK 0 DSKD.SVD_STEPS {plan.svd_steps} SOLVER.BATCH_SIZE {plan.batch}"
     cfg = load_config("configs/cifar100/kd/res56_res20.yaml", words.split())
@@ -72,7 +77,7 @@ def observe_cv(plan: Plan, cifar100: str, random_teacher: bool) -> tuple[HeldGra
         student.parameters(), lr=solver.LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY
     )
     dskd = build_dskd(student, teacher, cfg.DSKD)
-    held = HeldGradient(layer_pairs(student, teacher, cfg.DSKD), dskd, plan.stages, plan.ages, plan.steps)
+    held = observer(layer_pairs(student, teacher, cfg.DSKD), dskd, plan.stages, plan.ages, plan.steps)
     kd.train()
     step = epoch = 0
     while step < plan.steps:
