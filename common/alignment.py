@@ -80,13 +80,14 @@ def curvature_alignment(student: Tensor, teacher: Tensor, left: Tensor, right: T
         left, right: (..., m, m) and (..., n, n), the factors A and B, symmetric and without negative eigenvalues.
 
     Returns:
-        (...) losses, differentiable by autograd but for s.
+        (...) losses, differentiable once by autograd but for s.
     """
     gap_mn = working(student) - working(teacher.detach())
-    pull_mn = left @ gap_mn @ right
-    gap, pull = (torch.linalg.matrix_norm(matrix.detach()) for matrix in (gap_mn, pull_mn))
+    pull_mn = left @ gap_mn.detach() @ right
+    gap, pull = (torch.linalg.matrix_norm(matrix) for matrix in (gap_mn.detach(), pull_mn))
     scale = gap / torch.where(pull > 0, pull, 1.0)
-    return scale * (gap_mn * pull_mn).sum((-2, -1)) / min(gap_mn.shape[-2:])
+    product = (gap_mn * pull_mn).sum((-2, -1))  # of whose gradient, 2 A D B, this is one half
+    return scale * (2 * product - product.detach()) / min(gap_mn.shape[-2:])
 
 
 def own_alignment(

@@ -38,3 +38,13 @@ def exchange(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.contiguous()
         dist.all_reduce(tensor)
     return tensor
+
+
+def collect(mine: torch.Tensor, count: int) -> torch.Tensor:
+    """Of each rank's results (share, ...) for its `share` of `count` items the results (count, ...) for all of them."""
+    rank, world = _world()
+    if world == 1:
+        return mine
+    results = mine.new_zeros(count, *mine.shape[1:])
+    results[rank::world] = mine
+    return exchange(results)

@@ -87,15 +87,25 @@ def score_directions(update_mn: Tensor, grad_mn: Tensor, V_nq: Tensor, alpha: fl
     return pad(scores, (0, V_nq.shape[-2] - V_nq.shape[-1]))
 
 
-def curvature_factors(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """G G^T (..., m, m) and G^T G (..., n, n) of gradients (..., m, n), each with a mean eigenvalue of 1.
+def add_curvature(left: Tensor, right: Tensor, grad: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Running means of G G^T and G^T G, each scaled to a mean eigenvalue of 1 (method.md, `curvature`).
 
-    A zero gradient gives zeros.
+    Args:
+        left, right: (pairs, m, m) and (pairs, n, n), the means so far.
+        grad: (pairs, m, n), finite; a zero gradient adds zeros.
+        share: of the new products in the means, in (0, 1].
+
+    Returns:
+        The new means, in new memory.
     """
     grad_mn = unit_scale(grad)
     total = grad_mn.square().sum((-2, -1), keepdim=True)
     unit_mn = grad_mn / torch.where(total > 0, total, 1.0).sqrt()
-    return unit_mn @ unit_mn.mT * grad.shape[-2], unit_mn.mT @ unit_mn * grad.shape[-1]
+    m, n = grad.shape[-2:]
+    return (
+        torch.baddbmm(left, unit_mn, unit_mn.mT, beta=1.0 - share, alpha=share * m),
+        torch.baddbmm(right, unit_mn.mT, unit_mn, beta=1.0 - share, alpha=share * n),
+    )
 
 
 def _share_of_sum(scores: Tensor) -> Tensor:

@@ -34,10 +34,10 @@ from common.matrices import (
     unit_scale,
     working,
 )
-from common.ranks import agreed, exchange, share
+from common.ranks import agreed, collect, share
 from common.released import released_gradient
 from common.sensitivity import (
-    curvature_factors,
+    add_curvature,
     direction_sensitivity,
     score_directions,
     select_directions,
@@ -389,7 +389,7 @@ class DirectionSensitivityLoss:
         chosen = [None if tensor is None else tensor.clone() for tensor in former]  # saved states keep the former ones
         for rows in group.rounds(moved):
             mine = share(rows)
-            fresh = [None if tensor is None else torch.zeros_like(tensor[rows]) for tensor in chosen]
+            fresh = [None if tensor is None else tensor[mine] for tensor in chosen]
             if mine:
                 update_mn, grad_mn = (unit_scale(group.stack(tensors, mine)) for tensors in (dW, G))
                 sigma_q, V_nq = right_singular(update_mn, self.driver, selected_count(self.rank, group.r))
@@ -400,33 +400,28 @@ class DirectionSensitivityLoss:
                     scores = score_directions(update_mn, grad_mn, V_nq, alpha, self.score == "tempered")
                 if self.score == "random":
                     scores = self._dealt_out(scores, [group.names[i] for i in mine], V_nq.shape[-1])
-                places = [rows.index(i) for i in mine]
-                fresh[0][places] = select_directions(scores, self.rank)
+                fresh[0] = select_directions(scores, self.rank)
                 if group.left is not None:
-                    fresh[1][places], fresh[2][places] = self._directions(update_mn, V_nq, fresh[0][places])
-                fresh[3][places] = sigma_r / sigma_r[..., :1]
+                    fresh[1], fresh[2] = self._directions(update_mn, V_nq, fresh[0])
+                fresh[3] = sigma_r / sigma_r[..., :1]
             for kept, new in zip(chosen, fresh, strict=True):
                 if kept is not None:
-                    kept[rows] = exchange(new)
+                    kept[rows] = collect(new, len(rows))
         group.weights, group.left, group.right, group.spectrum = chosen
 
     def _add_curvature(self, group: Group, moved: list[int], G: Sequence) -> None:
         """The running means, whose first value is the identity: all directions alike."""
-        like = working(group.students[0].detach())
-        chosen = []
+        means = []
         for former, size in ((group.left, group.m), (group.right, group.r)):
-            start = torch.eye(size, dtype=like.dtype, device=like.device).expand(len(group.names), size, size)
-            chosen.append((start if former is None else former).clone())  # saved states keep the former ones
+            start = torch.eye(size, dtype=group.dtype, device=group.students[0].device)
+            means.append(start.expand(len(group.names), size, size) if former is None else former)
         for rows in group.rounds(moved):
             mine = share(rows)
-            fresh = [torch.zeros_like(kept[rows]) for kept in chosen]
+            new = [_rows(mean, mine) for mean in means]
             if mine:
-                places = [rows.index(i) for i in mine]
-                for new, kept, added in zip(fresh, chosen, curvature_factors(group.stack(G, mine)), strict=True):
-                    new[places] = _MEMORY * kept[mine] + (1 - _MEMORY) * added
-            for kept, new in zip(chosen, fresh, strict=True):
-                kept[rows] = exchange(new)
-        group.left, group.right = chosen
+                new = add_curvature(*new, group.stack(G, mine), 1.0 - _MEMORY)
+            means = [_with_rows(mean, rows, collect(part, len(rows))) for mean, part in zip(means, new, strict=True)]
+        group.left, group.right = means
 
     def _agree_on_seed(self) -> None:
         """At the first use: between the making of the loss and that a model may change its device."""
@@ -484,19 +479,18 @@ class DirectionSensitivityLoss:
     def _exact(self, group: Group, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Losses (rows,) and gradients (rows, m, n) of some pairs of a group."""
         mine = share(rows)
-        losses = working(group.students[0].detach()).new_zeros(len(rows))
-        gradients = losses.new_zeros(len(rows), group.m, group.r)
+        losses = torch.zeros(len(mine), dtype=group.dtype, device=group.students[0].device)
+        gradients = losses.new_zeros(len(mine), group.m, group.r)
         if mine:
-            places = [rows.index(i) for i in mine]
             student_mn = group.stack(group.students, mine).requires_grad_(self.direction != "released")
             with torch.enable_grad():
                 aligned = self._align(group, student_mn, mine)
                 if self.direction == "released":
-                    gradients[places] = self._released(group, student_mn, mine)
+                    gradients = self._released(group, student_mn, mine)
                 else:
-                    (gradients[places],) = torch.autograd.grad(aligned.sum(), student_mn)
-            losses[places] = aligned.detach()
-        losses, gradients = exchange(losses), exchange(gradients)
+                    (gradients,) = torch.autograd.grad(aligned.sum(), student_mn)
+            losses = aligned.detach()
+        losses, gradients = collect(losses, len(rows)), collect(gradients, len(rows))
         redirected = self.direction in ("plain", "random")
         return losses, self._redirected(group, rows, gradients) if redirected else gradients
 
@@ -532,14 +526,13 @@ class DirectionSensitivityLoss:
             teacher_mn = torch.stack([self._shuffled(*each) for each in zip(names, teacher_mn, strict=True)])
         elif self.direction == "shrink":
             teacher_mn = torch.zeros_like(teacher_mn)
-        weights = self._weights(group)[rows]
         if self.basis == "update":
             if group.left is None:
                 self._start_directions(group)
-            chosen = weights.topk(group.left.shape[-1]).values
+            chosen = self._weights(group)[rows].topk(group.left.shape[-1]).values
             return update_alignment(student_mn, teacher_mn, chosen, group.left[rows], group.right[rows])
         if self.basis == "curvature" and group.left is not None:
-            factors = (group.left[rows], group.right[rows])
+            factors = (_rows(group.left, rows), _rows(group.right, rows))
             if self.score == "random":
                 names = [group.names[i] for i in rows]
                 factors = (self._reordered(names, factor, place) for place, factor in enumerate(factors))
@@ -547,7 +540,7 @@ class DirectionSensitivityLoss:
         if group.weights is None and selected_count(self.rank, group.r) == group.r:
             return (student_mn - teacher_mn).square().sum((-2, -1)) / group.r  # equal weights: W~ = W / sqrt(r)
         count = selected_count(self.rank, group.r)
-        teacher_V_nn = self._teacher_V(group, teacher_mn, rows)
+        teacher_V_nn, weights = self._teacher_V(group, teacher_mn, rows), self._weights(group)[rows]
         return own_alignment(student_mn, teacher_mn, teacher_V_nn, weights, count, self.driver, self.smoothing)
 
     def _shuffled(self, name: str, teacher_mn: Tensor) -> Tensor:
@@ -570,6 +563,20 @@ class DirectionSensitivityLoss:
             if i not in group.teacher_V:
                 _, group.teacher_V[i] = right_singular(matrix_mn, self.driver)
         return torch.stack([group.teacher_V[i] for i in rows])
+
+
+def _rows(stack: Tensor, rows: list[int]) -> Tensor:
+    """stack[rows], without a copy where that is all of it."""
+    return stack if rows == list(range(len(stack))) else stack[rows]
+
+
+def _with_rows(stack: Tensor, rows: list[int], new: Tensor) -> Tensor:
+    """The stack with new values in some rows; the former is left as it is, since saved states keep it."""
+    if rows == list(range(len(stack))):
+        return new
+    changed = stack.clone()
+    changed[rows] = new
+    return changed
 
 
 def _like(value: Tensor | None, weight: Tensor) -> Tensor | None:
