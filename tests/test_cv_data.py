@@ -22,7 +22,7 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 from torchvision.transforms import functional as TF
 
 from common.errors import UserError
-from cv.data import Augment, EpochLoader, ImageSet, load_dataset, normalize
+from cv.data import Augment, EpochLoader, ImageSet, cifar, load_dataset, normalize
 from cv.data.cifar import CIFAR100, read_parquet
 from cv.data.image_set import balanced_subset, channel_statistics
 
@@ -365,6 +365,12 @@ def test_official_cifar_pickles_round_trip(tmp_path, monkeypatch, given):
     assert data.augment == Augment(4, flip=True)
 
 
+def test_a_subset_of_the_pickles_is_that_of_all_images(tmp_path, monkeypatch):
+    train, _ = write_cifar100_pickles(tmp_path, monkeypatch)
+    some = load_dataset("cifar100", tmp_path, subset=7, subset_seed=3).train
+    assert torch.equal(some.images, to_tensor(train)[balanced_subset(torch.arange(100), 7, seed=3)])
+
+
 def test_the_official_archive_is_unpacked_without_a_download(tmp_path, monkeypatch):
     train, _ = write_cifar100_pickles(tmp_path / "made", monkeypatch)
     archive = Path(shutil.make_archive(tmp_path / "cifar-100-python", "gztar", tmp_path / "made"))
@@ -452,6 +458,29 @@ def test_cifar_takes_an_image_size(tmp_path):
     blocks = torch.nn.functional.avg_pool2d(data.test.images.float(), 16).flatten()
     originals = to_tensor(random_images(10)).float().mean((2, 3)).flatten()
     torch.testing.assert_close(blocks, originals, atol=2.0, rtol=0)  # resizing keeps an image's mean colour
+
+
+def test_a_subset_of_parquet_images_is_that_of_all_of_them_and_no_other_is_decoded(tmp_path, monkeypatch):
+    write_small_cifar10(tmp_path, list(range(10)) * 3)
+    everything = load_dataset("cifar10", tmp_path).train
+    decoded = []
+    decode = cifar.decode_images
+    monkeypatch.setattr(
+        cifar, "decode_images", lambda sources, *rest: decoded.append(len(sources)) or decode(sources, *rest)
+    )
+    some = load_dataset("cifar10", tmp_path, subset=7, subset_seed=3).train
+    chosen = balanced_subset(everything.labels, 7, seed=3)
+    assert torch.equal(some.images, everything.images[chosen])
+    assert torch.equal(some.labels, everything.labels[chosen])
+    assert decoded == [7, 30]  # training and test images
+
+
+def test_a_broken_image_of_a_subset_is_named_by_its_own_row(tmp_path):
+    images = [png(image) for image in random_images(10)]
+    images[6] = b"broken"
+    pq.write_table(pa.table({"img": images, "label": list(range(10))}), tmp_path / "test-0.parquet")
+    with pytest.raises(UserError, match=r"test-0\.parquet, row 6: not a readable image"):
+        read_parquet(cifar.CIFAR10, [tmp_path / "test-0.parquet"], lambda labels: torch.tensor([2, 6]))
 
 
 def test_missing_parquet_columns_are_named_with_those_present(tmp_path):

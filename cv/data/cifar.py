@@ -2,11 +2,13 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from common.errors import UserError
 from common.torchvision_repair import repair_torchvision
@@ -36,12 +38,17 @@ CIFAR10 = CifarVariant("cifar10", 10, "CIFAR10", ("label",), (0.4914, 0.4822, 0.
 CIFAR100 = CifarVariant(
     "cifar100", 100, "CIFAR100", ("fine_label", "label"), (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 )
+Choice = Callable[[Tensor], Tensor]
 IMAGE_COLUMNS = ("img", "image")
 SIDE = 32
 
 
-def read_cifar(variant: CifarVariant, root: Path) -> tuple[ImageSet, ImageSet, list[str] | None]:
+def read_cifar(
+    variant: CifarVariant, root: Path, choose: Choice | None = None
+) -> tuple[ImageSet, ImageSet, list[str] | None]:
     """Training images, test images and class names; the layout is found by looking.
+
+    choose: of all training labels (N,) the indices of the images to keep (None: all); no others are decoded.
 
     In this order: the official pickles (`root/cifar-100-python/` or that folder itself as root, or the .tar.gz that
     holds it); parquet files `train-*.parquet` and `test-*.parquet` in root, root/<name>, root/data or root/plain_text;
@@ -57,7 +64,7 @@ def read_cifar(variant: CifarVariant, root: Path) -> tuple[ImageSet, ImageSet, l
     if not pickles.is_dir() and not (root / torchvision_class.filename).is_file():
         shards = _find_parquet(variant, root)
         if shards is not None:
-            return _read_both_splits(variant, *shards)
+            return _read_both_splits(variant, *shards, choose)
     try:
         train = torchvision_class(root, train=True, download=not pickles.is_dir())
         test = torchvision_class(root, train=False)
@@ -71,7 +78,9 @@ def read_cifar(variant: CifarVariant, root: Path) -> tuple[ImageSet, ImageSet, l
             f"{variant.name}: not found and not downloadable ({error}); fill {root} with {pickles.name}/ (the official "
             f"pickles), {torchvision_class.filename}, or train-*.parquet and test-*.parquet"
         ) from error
-    return _from_torchvision(train, variant), _from_torchvision(test, variant), list(train.classes)
+    images = _from_torchvision(train, variant)
+    images = images.take(choose(images.labels)) if choose else images
+    return images, _from_torchvision(test, variant), list(train.classes)
 
 
 def _from_torchvision(dataset: "torchvision.datasets.CIFAR10", variant: CifarVariant) -> ImageSet:
@@ -90,20 +99,27 @@ def _find_parquet(variant: CifarVariant, root: Path) -> tuple[list[Path], list[P
 
 
 def _read_both_splits(
-    variant: CifarVariant, train_files: list[Path], test_files: list[Path]
+    variant: CifarVariant, train_files: list[Path], test_files: list[Path], choose: Choice | None
 ) -> tuple[ImageSet, ImageSet, list[str] | None]:
-    train, classes = read_parquet(variant, train_files)
+    def checked(labels: Tensor) -> Tensor:
+        absent = torch.bincount(labels, minlength=variant.num_classes).eq(0).nonzero().flatten().tolist()
+        if absent:
+            raise UserError(
+                f"{train_files[0].parent}: {variant.name} needs training images of every class; none of {absent}"
+            )
+        return choose(labels) if choose else torch.arange(len(labels))
+
+    train, classes = read_parquet(variant, train_files, checked)
     test, _ = read_parquet(variant, test_files)
-    absent = torch.bincount(train.labels, minlength=variant.num_classes).eq(0).nonzero().flatten().tolist()
-    if absent:
-        raise UserError(
-            f"{train_files[0].parent}: {variant.name} needs training images of every class; none of {absent}"
-        )
     return train, test, classes
 
 
-def read_parquet(variant: CifarVariant, files: list[Path]) -> tuple[ImageSet, list[str] | None]:
+def read_parquet(
+    variant: CifarVariant, files: list[Path], choose: Choice | None = None
+) -> tuple[ImageSet, list[str] | None]:
     """One split from its parquet shards: image bytes in `img` or `image`, integer labels; class names if recorded.
+
+    choose: as of `read_cifar`.
 
     A missing shard, column or label, a label out of range, an unreadable image: `UserError` with file and row.
     """
@@ -128,6 +144,9 @@ def read_parquet(variant: CifarVariant, files: list[Path]) -> tuple[ImageSet, li
             raise UserError(f"{describe(index)}: label {label} is not in 0..{variant.num_classes - 1}")
         if encoded[index] is None:
             raise UserError(f"{describe(index)}: the row has no image bytes")
+    if choose:
+        kept = choose(torch.tensor(labels)).tolist()
+        encoded, labels, places = ([column[index] for index in kept] for column in (encoded, labels, places))
     images = decode_images(encoded, describe)
     if images.shape[2:] != (SIDE, SIDE):
         raise UserError(f"{files[0]}: images of {images.shape[3]}x{images.shape[2]} pixels; CIFAR has {SIDE}x{SIDE}")

@@ -1,6 +1,7 @@
 """A data set by its name."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -13,14 +14,12 @@ from cv.data.folders import read_folder, read_tiny_imagenet
 from cv.data.image_set import DataSets, ImageSet, balanced_subset, channel_statistics
 
 Splits = tuple[ImageSet, ImageSet, list[str] | None]
+CIFARS = {"cifar100": CIFAR100, "cifar10": CIFAR10}
 READERS: dict[str, Callable[[Path, int | None], Splits]] = {
-    "cifar100": lambda root, image_size: read_cifar(CIFAR100, root),
-    "cifar10": lambda root, image_size: read_cifar(CIFAR10, root),
     "tiny-imagenet": read_tiny_imagenet,
     "folder": read_folder,
     "digits": lambda root, image_size: read_digits(),
 }
-CONSTANTS = {"cifar100": (CIFAR100.mean, CIFAR100.std), "cifar10": (CIFAR10.mean, CIFAR10.std)}
 PADDING_SHARE = 8  # zero padding is the side over this: 4 for CIFAR's 32 pixels
 
 
@@ -35,11 +34,15 @@ def load_dataset(
     standard deviation are the customary constants for CIFAR, else those of all training images. Any bad input is a
     `UserError`.
     """
-    if name not in READERS:
-        raise UserError(f"DATASET.NAME {name!r}: unknown; choose from {', '.join(READERS)}")
+    if name not in (*CIFARS, *READERS):
+        raise UserError(f"DATASET.NAME {name!r}: unknown; choose from {', '.join((*CIFARS, *READERS))}")
     if image_size is not None and image_size < 1:
         raise UserError(f"DATASET.IMAGE_SIZE {image_size}: must be at least 1")
-    train, test, classes = READERS[name](Path(root), image_size)
+    choose = None if subset is None else partial(balanced_subset, size=subset, seed=subset_seed)
+    if name in CIFARS:  # their statistics are known, so that what is left out need not be decoded
+        train, test, classes = read_cifar(CIFARS[name], Path(root), choose)
+    else:
+        train, test, classes = READERS[name](Path(root), image_size)
     if image_size is not None:
         train, test = _resize(train, image_size), _resize(test, image_size)
     height, width = train.images.shape[2:]
@@ -48,9 +51,11 @@ def load_dataset(
             f"data set {name!r}: training images have {width}x{height} pixels, test images "
             f"{test.images.shape[3]}x{test.images.shape[2]}; set DATASET.IMAGE_SIZE to bring all to one"
         )
-    mean, std = CONSTANTS[name] if name in CONSTANTS else channel_statistics(train.images)
-    if subset is not None:
-        train = train.take(balanced_subset(train.labels, subset, subset_seed))
+    if name in CIFARS:
+        mean, std = CIFARS[name].mean, CIFARS[name].std
+    else:
+        mean, std = channel_statistics(train.images)
+        train = train.take(choose(train.labels)) if choose else train
     augment = Augment(padding=min(height, width) // PADDING_SHARE, flip=name != "digits")
     return DataSets(train, test, classes, mean, std, augment)
 
