@@ -10,8 +10,6 @@ from common.figures import drawn, plain
 from scripts.reproduce_lib.plot import entitle, metric_name
 from scripts.reproduce_lib.table import Curve, Table
 
-_FEW = 8  # points on a line that get their names beside them; the names of more would cover each other
-
 
 def relative_costs(rows: pd.DataFrame, control: str) -> pd.Series:
     """Time per example in units of the control's, by cell: the median over the seeds that both have.
@@ -85,7 +83,10 @@ def _draw(table: Table, curve: Curve, panels: dict[str, _Panel], folder: Path) -
             places = panel.points["x"]
             if 0 < 10 * places.min() < places.max():
                 axis.set_xscale("log")
-            (_scatter if curve.by_cost else _line)(axis, curve, panel.points)
+            if curve.by_cost:
+                _scatter(axis, curve, panel.points)
+            else:
+                _line(axis, panel.points)
             axis.axhline(panel.control, color="tab:gray", linestyle=":", zorder=1)
             metric = metric_name(panel.metric, table.scale)
             axis.set(title=task, xlabel=plain(curve.label), ylabel=f"{metric}, mean of {spans(panel.seeds)}")
@@ -110,16 +111,13 @@ def spans(seeds: list[int]) -> str:
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(words)}"
 
 
-def _line(axis, curve: Curve, points: pd.DataFrame) -> None:
-    """Values of one setting in a row."""
+def _line(axis, points: pd.DataFrame) -> None:
+    """Values of one setting in a row; where a point stands says which cell it is."""
     spread = points["last_std"].fillna(0)
     axis.errorbar(points["x"], points["last_mean"], yerr=spread, fmt="d-", capsize=3, linewidth=1)
     axis.set_xticks(points["x"], [f"{x:g}" for x in points["x"]])
     axis.minorticks_off()
     axis.margins(x=0.15, y=0.12)
-    if len(points) <= _FEW:
-        for point, top in zip(points.itertuples(), points["last_mean"] + spread, strict=True):
-            axis.annotate(point.label, (point.x, top), (0, 5), textcoords="offset points", ha="center", fontsize=7)
 
 
 def _scatter(axis, curve: Curve, points: pd.DataFrame) -> None:
