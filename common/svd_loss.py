@@ -479,8 +479,6 @@ class DirectionSensitivityLoss:
     def _exact(self, group: Group, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Losses (rows,) and gradients (rows, m, n) of some pairs of a group."""
         mine = share(rows)
-        losses = torch.zeros(len(mine), dtype=group.dtype, device=group.students[0].device)
-        gradients = losses.new_zeros(len(mine), group.m, group.r)
         if mine:
             student_mn = group.stack(group.students, mine).requires_grad_(self.direction != "released")
             with torch.enable_grad():
@@ -490,6 +488,9 @@ class DirectionSensitivityLoss:
                 else:
                     (gradients,) = torch.autograd.grad(aligned.sum(), student_mn)
             losses = aligned.detach()
+        else:  # more ranks than rows
+            losses = torch.zeros(0, dtype=group.dtype, device=group.students[0].device)
+            gradients = losses.new_zeros(0, group.m, group.r)
         losses, gradients = collect(losses, len(rows)), collect(gradients, len(rows))
         redirected = self.direction in ("plain", "random")
         return losses, self._redirected(group, rows, gradients) if redirected else gradients

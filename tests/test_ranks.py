@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from common.ranks import exchange, share
+from common.ranks import collect, exchange, share
 from common.svd_loss import DirectionSensitivityLoss
 
 # three pairs of one shape (a share each and one over), one alone (a rank without a share), and a transposed one
@@ -58,6 +58,8 @@ def worker(rank: int, folder: str) -> None:
     for case in CASES:
         torch.save(run(case), f"{folder}/{case}{rank}.pt")
     shared = {"share": share(range(5)), "exchange": exchange(torch.tensor([1.0 + rank, 10.0]).expand(2, 2).mT)}
+    for count in (1, 5):  # of one item rank 1 has no share
+        shared[f"collect {count}"] = collect(torch.tensor([[10.0 * i] for i in share(range(count))]).view(-1, 1), count)
     torch.save(shared, f"{folder}/shared{rank}.pt")
     dist.barrier()  # neither closes its connection while the other still reads
     dist.destroy_process_group()
@@ -92,6 +94,18 @@ def test_ranks_take_every_second_item(two_ranks):
 def test_ranks_exchange_their_sum(two_ranks):
     for rank in range(2):
         assert load(two_ranks, f"shared{rank}")["exchange"].tolist() == [[3.0, 3.0], [20.0, 20.0]]
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_ranks_collect_the_results_of_all_in_order(two_ranks, count):
+    for rank in range(2):
+        assert load(two_ranks, f"shared{rank}")[f"collect {count}"].flatten().tolist() == [
+            10.0 * i for i in range(count)
+        ]
+
+
+def test_one_process_collects_its_own():
+    assert collect(torch.tensor([1.0, 2.0]), 2).tolist() == [1.0, 2.0]
 
 
 def test_one_process_takes_everything():

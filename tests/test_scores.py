@@ -8,8 +8,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common.svd_loss import DirectionSensitivityLoss
-
 sys.path.append(str(ROOT / "scripts"))
 from benchmark_lib import observed_runs, scores
 from benchmark_lib.memory import random_images
@@ -19,8 +17,7 @@ from benchmark_lib.scores import NAMES, ScoreOverlaps
 def observed(update: torch.Tensor, grad: torch.Tensor, step: int = 10) -> dict[str, list[float]]:
     """Overlaps at one choice, all directions, in the last of 10 steps unless said otherwise."""
     student = torch.nn.Parameter(torch.zeros(4, 4))
-    dskd = DirectionSensitivityLoss([("layer", student, torch.ones(4, 4))], rank=0)
-    overlaps = ScoreOverlaps([("layer", student, torch.ones(4, 4))], dskd, {"choices": [step]}, (), 10)
+    overlaps = ScoreOverlaps([("layer", student, torch.ones(4, 4))], rank=0, svd_steps=step, total=10)
     student.grad = grad
     overlaps.before_step(step)
     with torch.no_grad():

@@ -51,7 +51,7 @@ def run(folder: Path, quick: bool, cifar100: str, glue: str, model: str) -> str:
     """
     plans = {"cv": QUICK_CV if quick else CV, "nlp": QUICK_NLP if quick else NLP}
     observed = {
-        "cv": observe_cv(plans["cv"], cifar100, random_teacher=quick),
+        "cv": observe_cv(plans["cv"], cifar100, quick, plans["cv"].held_gradient),
         "nlp": observe_nlp(plans["nlp"], glue, model),
     }
     results = {name: {**case, **_summary(held, plans[name])} for name, (held, case) in observed.items()}

@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from benchmark_lib.held_gradient import HeldGradient
+from benchmark_lib.held_gradient import HeldGradient, Pairs
 from bert_of_theseus.arguments import parse_arguments
 from bert_of_theseus.data import tokenize
 from bert_of_theseus.loading import load_data, load_model, max_length
@@ -52,9 +52,13 @@ class Plan:
     decays: Sequence[int] = ()
     tuning_steps: int = 0
 
+    def held_gradient(self, pairs: Pairs, dskd: DirectionSensitivityLoss) -> HeldGradient:
+        """The observer of a run by this plan."""
+        return HeldGradient(pairs, dskd, self.stages, self.ages, self.steps)
+
 
 def observe_cv(
-    plan: Plan, cifar100: str, random_teacher: bool, observer: Callable[..., Observer] = HeldGradient
+    plan: Plan, cifar100: str, random_teacher: bool, observer: Callable[[Pairs, DirectionSensitivityLoss], Observer]
 ) -> tuple[Observer, dict[str, str]]:
     """ResNet56 -> ResNet20 by KD with DSKD, the recipe of configs/cifar100 in fewer steps; (measurements, case)."""
     words = f"DSKD.ENABLED true DSKD.RANK 0 DSKD.SVD_STEPS {plan.svd_steps} SOLVER.BATCH_SIZE {plan.batch}"
@@ -77,7 +81,7 @@ def observe_cv(
         student.parameters(), lr=solver.LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY
     )
     dskd = build_dskd(student, teacher, cfg.DSKD)
-    held = observer(layer_pairs(student, teacher, cfg.DSKD), dskd, plan.stages, plan.ages, plan.steps)
+    held = observer(layer_pairs(student, teacher, cfg.DSKD), dskd)
     kd.train()
     step = epoch = 0
     while step < plan.steps:
@@ -133,7 +137,7 @@ def observe_nlp(plan: Plan, glue: str, model_name: str) -> tuple[HeldGradient, d
         theseus = TheseusModel(model, layers // 2, seed=args.seed)
         dskd = DirectionSensitivityLoss(theseus.pairs(), args.rank_size, args.svd_steps)
         run = trainer(theseus, folder, dskd=dskd, lambda_size=args.lambda_size)
-        held = HeldGradient(theseus.pairs(), dskd, plan.stages, plan.ages, plan.steps)
+        held = plan.held_gradient(theseus.pairs(), dskd)
         run.add_callback(MethodStateCallback(dskd, theseus, run.totals))
         schedule = replacing_schedule("linear", args.replacing_rate, args.scheduler_linear_k, 0)
         run.add_callback(ReplacingCallback(theseus, schedule))

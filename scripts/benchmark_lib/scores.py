@@ -1,6 +1,5 @@
 """How far the directions that the authors' release chooses are from the method's, while the vision recipe trains."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,10 +7,10 @@ import torch
 from benchmark_lib.held_gradient import Pairs
 from benchmark_lib.observed_runs import Plan, observe_cv
 from benchmark_lib.timing import table, write
-from common.svd_loss import DirectionSensitivityLoss, direction_sensitivity, select_directions
+from common.svd_loss import direction_sensitivity, select_directions
 
-FULL = Plan(steps=500, batch=64, svd_steps=50, ages=(), stages={"choices": range(50, 501, 50)})
-QUICK = Plan(steps=4, batch=4, svd_steps=2, ages=(), stages={"choices": (2, 4)})
+FULL = Plan(steps=500, batch=64, svd_steps=50, ages=(), stages={})
+QUICK = Plan(steps=4, batch=4, svd_steps=2, ages=(), stages={})
 NAMES = {
     "order": "scores in falling order, given to the largest singular values (CIFAR code)",
     "curvature": "curvature from diag(F1 diag(sigma^2) F2)",
@@ -19,31 +18,25 @@ NAMES = {
 
 
 class ScoreOverlaps:
-    """Compares at every choice of directions; the methods and arguments are those of `HeldGradient`.
+    """Compares at every choice of directions; the methods are those of `HeldGradient`.
+
+    pairs, rank, svd_steps: as of the loss of the run; total: planned steps.
 
     overlaps: sum(min(w, w')) of the method's direction weights w and those w' of each difference by itself, by name, a
     value per choice and pair; 1 is no difference, 0 means that no direction is shared.
     """
 
-    def __init__(
-        self,
-        pairs: Pairs,
-        dskd: DirectionSensitivityLoss,
-        stages: dict[str, Sequence[int]],
-        ages: Sequence[int],
-        total: int,
-    ):
-        self.pairs, self.rank, self.total = pairs, dskd.rank, total
-        self.choices = {step for steps in stages.values() for step in steps}
+    def __init__(self, pairs: Pairs, rank: int, svd_steps: int, total: int):
+        self.pairs, self.rank, self.svd_steps, self.total = pairs, rank, svd_steps, total
         self.overlaps: dict[str, list[float]] = {name: [] for name in NAMES}
         self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def before_step(self, step: int) -> None:
-        if step in self.choices:
+        if step % self.svd_steps == 0:
             self._before = [(W.detach().clone(), W.grad.detach().clone()) for _, W, _ in self.pairs]
 
     def after_step(self, step: int) -> None:
-        if step not in self.choices:
+        if step % self.svd_steps:
             return
         for (_, W, _), (start, grad) in zip(self.pairs, self._before, strict=True):
             dW, G = ((W.detach() - start).flatten(1).double(), grad.flatten(1).double())
@@ -70,7 +63,10 @@ def run(folder: Path, quick: bool, cifar100: str) -> str:
         cifar100: folder of CIFAR-100. The teacher is the trained ResNet56 that cv/train_svd.py would find, except with
             `quick`: random weights.
     """
-    observed, case = observe_cv(QUICK if quick else FULL, cifar100, random_teacher=quick, observer=ScoreOverlaps)
+    plan = QUICK if quick else FULL
+    observed, case = observe_cv(
+        plan, cifar100, quick, lambda pairs, dskd: ScoreOverlaps(pairs, dskd.rank, dskd.svd_steps, plan.steps)
+    )
     values = {name: torch.tensor(found) for name, found in observed.overlaps.items()}
     overlaps = {name: {"mean": v.mean().item(), "worst": v.min().item(), "n": len(v)} for name, v in values.items()}
     path = write("scores", {**case, "overlap_of_the_direction_weights": overlaps}, folder)
