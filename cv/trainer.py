@@ -202,6 +202,7 @@ class _Run:
                         self._export("student_best", progress.best)
                     progress.epoch, progress.wall_seconds = epoch, time.perf_counter() - start
                     self._save()
+        self.accelerator.wait_for_everyone()  # no rank closes its connections while another still reads
         self.accelerator.end_training()
         return self._finish(time.perf_counter() - start) if main else None
 

@@ -77,6 +77,9 @@ def run(args: argparse.Namespace) -> None:
             _predict(args, task, tokenizer, model, datasets)
     except (FloatingPointError, torch.linalg.LinAlgError) as error:  # DSKD decomposes weights that are not finite
         raise UserError(f"the run diverged: {error}; lower --learning_rate, or use --bf16 instead of --fp16") from error
+    if dist.is_initialized():  # left to the exit, a thread of gloo that needs the interpreter then aborts
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _trainer(args, task, tokenizer, model, datasets, setup, **others) -> DistillationTrainer:
