@@ -67,6 +67,7 @@ def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dic
         image_size=cfg.DATASET.IMAGE_SIZE or None,
         subset=cfg.DATASET.SUBSET or None,
         subset_seed=solver.SEED if cfg.DATASET.SUBSET_SEED == -1 else cfg.DATASET.SUBSET_SEED,
+        held_out=cfg.DATASET.HELD_OUT,
     )
     set_seed(solver.SEED)
     distiller, dskd, teacher_sha256 = _build(cfg, data, accelerator)
@@ -351,6 +352,7 @@ class _Run:
             student=cfg.DISTILLER.STUDENT,
             seed=cfg.SOLVER.SEED,
             metric="top1",
+            tested_on=_tested_on(cfg),
             last=last["top1"],
             best=best["top1"],
             last_top5=last["top5"],
@@ -435,11 +437,15 @@ def _check_images(cfg: CfgNode, student: nn.Module, shape: tuple[int, ...]) -> N
     student.train()
 
 
+def _tested_on(cfg: CfgNode) -> str:
+    return "held-out training images" if cfg.DATASET.HELD_OUT else "test images"
+
+
 def _announce(cfg: CfgNode, data: DataSets, distiller: Distiller, source: str | None) -> None:
     teacher = f" from {source}" if source else ""
     teacher += ", started as a copy of its blocks" if cfg.DISTILLER.START == "teacher" else ""
     print(
-        f"{cfg.DATASET.NAME}: {len(data.train)} training and {len(data.test)} test images, "
+        f"{cfg.DATASET.NAME}: {len(data.train)} training and {len(data.test)} {_tested_on(cfg)}, "
         f"{data.train.num_classes} classes\n{cfg.DISTILLER.STUDENT}{teacher} by {cfg.DISTILLER.TYPE}",
         flush=True,
     )

@@ -294,6 +294,36 @@ def test_a_subset_of_impossible_size_is_an_error(subset):
         load_dataset("digits", "unused", subset=subset)
 
 
+def test_held_out_images_are_tested_on_and_never_trained_on():
+    every, data = load_dataset("digits", "unused").train, load_dataset("digits", "unused", held_out=200)
+    both = torch.cat([data.train.images, data.test.images]).flatten(1)
+    assert (len(data.train), len(data.test)) == (1237, 200)
+    assert Counter(map(tuple, both.tolist())) == Counter(map(tuple, every.images.flatten(1).tolist()))
+    assert torch.bincount(data.test.labels).tolist() == [20] * 10
+
+
+@pytest.mark.parametrize("choice", [{"subset": 50}, {"subset": 50, "subset_seed": 3}])
+def test_whoever_sees_fewer_images_holds_out_the_same(choice):
+    teacher, student = (load_dataset("digits", "unused", held_out=200, **kept) for kept in ({}, choice))
+    assert torch.equal(teacher.test.images, student.test.images)
+    assert torch.equal(teacher.test.labels, student.test.labels)
+    trained = set(map(tuple, teacher.train.images.flatten(1).tolist()))
+    assert trained.issuperset(map(tuple, student.train.images.flatten(1).tolist()))
+    assert torch.bincount(student.train.labels).tolist() == [5] * 10
+
+
+@pytest.mark.parametrize(
+    ("held_out", "subset", "refused"),
+    [
+        (1437, None, "DATASET.HELD_OUT 1437: expected less than 1437, the training images of this data set"),
+        (1400, 38, "DATASET.SUBSET 38: expected 1 to 37, the training images of this data set"),
+    ],
+)
+def test_more_images_than_there_are_can_neither_be_held_out_nor_be_left(held_out, subset, refused):
+    with pytest.raises(UserError, match=f"^{refused}"):
+        load_dataset("digits", "unused", held_out=held_out, subset=subset)
+
+
 # ---------------------------------------------------------------- digits
 
 
@@ -369,6 +399,14 @@ def test_a_subset_of_the_pickles_is_that_of_all_images(tmp_path, monkeypatch):
     train, _ = write_cifar100_pickles(tmp_path, monkeypatch)
     some = load_dataset("cifar100", tmp_path, subset=7, subset_seed=3).train
     assert torch.equal(some.images, to_tensor(train)[balanced_subset(torch.arange(100), 7, seed=3)])
+
+
+def test_held_out_pickles_come_from_the_training_images(tmp_path, monkeypatch):
+    train, _ = write_cifar100_pickles(tmp_path, monkeypatch)
+    data = load_dataset("cifar100", tmp_path, held_out=7)
+    held = balanced_subset(torch.arange(100), 7)
+    assert torch.equal(data.test.images, to_tensor(train)[held])
+    assert data.train.labels.tolist() == sorted(set(range(100)) - set(held.tolist()))
 
 
 def test_the_official_archive_is_unpacked_without_a_download(tmp_path, monkeypatch):

@@ -455,6 +455,17 @@ def test_the_subset_may_follow_the_seed_of_the_run(tmp_path, teacher, monkeypatc
     assert seen == [0, 3, 7]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "count", "what"), [("", 360, "test images"), ("DATASET.HELD_OUT 30", 30, "held-out training images")]
+)
+def test_a_run_says_what_it_was_tested_on(tmp_path, teacher, capsys, overrides, count, what):
+    run = short_run(tmp_path, teacher, overrides)
+    assert run.result["tested_on"] == what
+    correct = run.result["last"] * count / 100
+    assert correct == pytest.approx(round(correct))
+    assert f"digits: 128 training and {count} {what}, 10 classes" in capsys.readouterr().out
+
+
 def test_throughput_counts_images_not_full_batches(tmp_path, teacher, monkeypatch):
     # one full batch of 100 images and one of 28
     run = short_run(tmp_path, teacher, "SOLVER.BATCH_SIZE 100 SOLVER.EPOCHS 2")

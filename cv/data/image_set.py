@@ -1,4 +1,4 @@
-"""What a loaded data set is, and the two things computed from one: channel statistics and a balanced subset."""
+"""What a loaded data set is, and what is computed from one: channel statistics and the choice of images to use."""
 
 from dataclasses import dataclass
 
@@ -71,6 +71,23 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
         means.append(mean.item())
         deviations.append(deviation)
     return tuple(means), tuple(deviations)
+
+
+def choose_images(labels: Tensor, *, subset: int | None, subset_seed: int, held_out: int) -> Tensor:
+    """Indices of the images that are used: those to train on, ascending, then the `held_out` ones to test on.
+
+    labels (N,) of all training images. Both choices are class-balanced; which images are held out depends on their
+    number alone, so that a teacher and all its students leave out the same. subset: of the others train on so many.
+    """
+    if not 0 <= held_out < len(labels):
+        raise UserError(
+            f"DATASET.HELD_OUT {held_out}: expected less than {len(labels)}, the training images of this data set"
+        )
+    held = balanced_subset(labels, held_out) if held_out else labels[:0]
+    others = torch.ones_like(labels, dtype=torch.bool).index_fill_(0, held, False).nonzero().flatten()
+    if subset is not None:
+        others = others[balanced_subset(labels[others], subset, subset_seed)]
+    return torch.cat((others, held))
 
 
 def balanced_subset(labels: Tensor, size: int, seed: int = 0) -> Tensor:

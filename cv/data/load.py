@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 
 from common.errors import UserError
@@ -11,7 +12,7 @@ from cv.data.augment import Augment
 from cv.data.cifar import CIFAR10, CIFAR100, read_cifar
 from cv.data.digits import read_digits
 from cv.data.folders import read_folder, read_tiny_imagenet
-from cv.data.image_set import DataSets, ImageSet, balanced_subset, channel_statistics
+from cv.data.image_set import DataSets, ImageSet, channel_statistics, choose_images
 
 Splits = tuple[ImageSet, ImageSet, list[str] | None]
 CIFARS = {"cifar100": CIFAR100, "cifar10": CIFAR10}
@@ -24,13 +25,20 @@ PADDING_SHARE = 8  # zero padding is the side over this: 4 for CIFAR's 32 pixels
 
 
 def load_dataset(
-    name: str, root: str | Path, *, image_size: int | None = None, subset: int | None = None, subset_seed: int = 0
+    name: str,
+    root: str | Path,
+    *,
+    image_size: int | None = None,
+    subset: int | None = None,
+    subset_seed: int = 0,
+    held_out: int = 0,
 ) -> DataSets:
     """Read a data set into memory (N * C * H * W bytes on the CPU); nothing is cached.
 
     name: cifar100, cifar10 (layouts: `read_cifar`), tiny-imagenet, folder (layouts: cv/data/folders.py) or digits (root
     is not looked at). image_size: side in pixels that all images are brought to; None keeps their own, which must be
-    one. subset: train on that many images only, a balanced choice by `subset_seed` (`balanced_subset`). Mean and
+    one. subset: train on that many images only, a balanced choice by `subset_seed` (`balanced_subset`). held_out: take
+    that many training images out of training, and test on them instead of the test images (`choose_images`). Mean and
     standard deviation are the customary constants for CIFAR, else those of all training images. Any bad input is a
     `UserError`.
     """
@@ -38,7 +46,8 @@ def load_dataset(
         raise UserError(f"DATASET.NAME {name!r}: unknown; choose from {', '.join((*CIFARS, *READERS))}")
     if image_size is not None and image_size < 1:
         raise UserError(f"DATASET.IMAGE_SIZE {image_size}: must be at least 1")
-    choose = None if subset is None else partial(balanced_subset, size=subset, seed=subset_seed)
+    choose = partial(choose_images, subset=subset, subset_seed=subset_seed, held_out=held_out)
+    choose = choose if held_out or subset is not None else None
     if name in CIFARS:  # their statistics are known, so that what is left out need not be decoded
         train, test, classes = read_cifar(CIFARS[name], Path(root), choose)
     else:
@@ -56,6 +65,9 @@ def load_dataset(
     else:
         mean, std = channel_statistics(train.images)
         train = train.take(choose(train.labels)) if choose else train
+    if held_out:
+        every = torch.arange(len(train))
+        train, test = train.take(every[:-held_out]), train.take(every[-held_out:])
     augment = Augment(padding=min(height, width) // PADDING_SHARE, flip=name != "digits")
     return DataSets(train, test, classes, mean, std, augment)
 
