@@ -63,7 +63,8 @@ def load_teacher(cfg: CfgNode, num_classes: int, in_channels: int) -> Teacher:
     """The trained teacher of a run.
 
     Raises:
-        UserError: no name, no checkpoint, another architecture or number of classes than asked for.
+        UserError: no name, no checkpoint, another architecture or number of classes than asked for, or one that has
+            seen the images that this run holds out.
     """
     name = cfg.DISTILLER.TEACHER
     if not name:
@@ -77,5 +78,13 @@ def load_teacher(cfg: CfgNode, num_classes: int, in_channels: int) -> Teacher:
     for key, expected in (("architecture", name), ("num_classes", num_classes), ("in_channels", in_channels)):
         if info[key] != expected:
             raise UserError(f"{folder}: the checkpoint's {key} is {info[key]!r}, this run needs {expected!r}")
+    held_out, left_out = cfg.DATASET.HELD_OUT, info.get("held_out", 0)
+    if held_out and left_out != held_out:
+        raise UserError(
+            f"DATASET.HELD_OUT {held_out}: {folder} was trained with {left_out}, so that it has seen images that this "
+            f"run would be tested on; train a {name} with DATASET.HELD_OUT {held_out}, and give it as "
+            "DISTILLER.TEACHER_CKPT"
+        )
     accuracy = f", top-1 {info['accuracy']:.2f}" if info.get("accuracy") is not None else ""
+    accuracy += " on held-out images" if accuracy and left_out else ""
     return Teacher(teacher, weights_hash(folder), f"{name} of {folder}{accuracy}")

@@ -285,6 +285,7 @@ class _Run:
             class_names=self.data.classes,
             dataset=self.cfg.DATASET.NAME,
             accuracy=scores["top1"],
+            held_out=self.cfg.DATASET.HELD_OUT,
             epoch=scores["epoch"],
             seed=self.cfg.SOLVER.SEED,
         )

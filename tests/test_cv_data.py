@@ -24,7 +24,7 @@ from torchvision.transforms import functional as TF
 from common.errors import UserError
 from cv.data import Augment, EpochLoader, ImageSet, cifar, load_dataset, normalize
 from cv.data.cifar import CIFAR100, read_parquet
-from cv.data.image_set import balanced_subset, channel_statistics
+from cv.data.image_set import balanced_subset, channel_statistics, choose_images
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -316,12 +316,19 @@ def test_whoever_sees_fewer_images_holds_out_the_same(choice):
     ("held_out", "subset", "refused"),
     [
         (1437, None, "DATASET.HELD_OUT 1437: expected less than 1437, the training images of this data set"),
-        (1400, 38, "DATASET.SUBSET 38: expected 1 to 37, the training images of this data set"),
+        (1380, 58, "DATASET.SUBSET 58: expected 1 to 57, the training images of this data set"),
     ],
 )
 def test_more_images_than_there_are_can_neither_be_held_out_nor_be_left(held_out, subset, refused):
     with pytest.raises(UserError, match=f"^{refused}"):
         load_dataset("digits", "unused", held_out=held_out, subset=subset)
+
+
+def test_no_class_loses_its_last_training_image_to_the_held_out_ones():
+    labels = torch.tensor([0] * 20 + [1] * 3)
+    with pytest.raises(UserError, match=r"^DATASET\.HELD_OUT 8: no image of class 1 would be left to train on"):
+        choose_images(labels, subset=None, subset_seed=0, held_out=8)
+    assert 1 in labels[choose_images(labels, subset=None, subset_seed=0, held_out=4)[:-4]]
 
 
 # ---------------------------------------------------------------- digits
@@ -359,15 +366,15 @@ def test_digits_take_an_image_size_and_a_subset():
 # ---------------------------------------------------------------- CIFAR
 
 
-def write_cifar100_pickles(root: Path, monkeypatch) -> tuple[np.ndarray, np.ndarray]:
-    """The official layout with 100 + 100 random images; torchvision is told the checksums of these files."""
+def write_cifar100_pickles(root: Path, monkeypatch, *, of_a_class: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """The official layout with random images, 100 to test on; torchvision is told the checksums of these files."""
     folder = root / "cifar-100-python"
     folder.mkdir(parents=True)
-    train, test = random_images(100, seed=1), random_images(100, seed=2)
+    train, test = random_images(100 * of_a_class, seed=1), random_images(100, seed=2)
     labels = list(range(100))
     names = [f"class {label}" for label in labels]
     contents = {
-        "train": {"data": train.transpose(0, 3, 1, 2).reshape(100, -1), "fine_labels": labels},
+        "train": {"data": train.transpose(0, 3, 1, 2).reshape(len(train), -1), "fine_labels": labels * of_a_class},
         "test": {"data": test.transpose(0, 3, 1, 2).reshape(100, -1), "fine_labels": labels[::-1]},
         "meta": {"fine_label_names": names},
     }
@@ -402,11 +409,12 @@ def test_a_subset_of_the_pickles_is_that_of_all_images(tmp_path, monkeypatch):
 
 
 def test_held_out_pickles_come_from_the_training_images(tmp_path, monkeypatch):
-    train, _ = write_cifar100_pickles(tmp_path, monkeypatch)
+    train, _ = write_cifar100_pickles(tmp_path, monkeypatch, of_a_class=2)
     data = load_dataset("cifar100", tmp_path, held_out=7)
-    held = balanced_subset(torch.arange(100), 7)
+    held = balanced_subset(torch.arange(100).repeat(2), 7)
+    others = torch.tensor(sorted(set(range(200)) - set(held.tolist())))
     assert torch.equal(data.test.images, to_tensor(train)[held])
-    assert data.train.labels.tolist() == sorted(set(range(100)) - set(held.tolist()))
+    assert torch.equal(data.train.images, to_tensor(train)[others])
 
 
 def test_the_official_archive_is_unpacked_without_a_download(tmp_path, monkeypatch):

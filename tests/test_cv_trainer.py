@@ -458,12 +458,26 @@ def test_the_subset_may_follow_the_seed_of_the_run(tmp_path, teacher, monkeypatc
 @pytest.mark.parametrize(
     ("overrides", "count", "what"), [("", 360, "test images"), ("DATASET.HELD_OUT 30", 30, "held-out training images")]
 )
-def test_a_run_says_what_it_was_tested_on(tmp_path, teacher, capsys, overrides, count, what):
-    run = short_run(tmp_path, teacher, overrides)
+def test_a_run_says_what_it_was_tested_on(tmp_path, capsys, overrides, count, what):
+    run = short_run(tmp_path, None, f"DISTILLER.TYPE vanilla {overrides}")
     assert run.result["tested_on"] == what
     correct = run.result["last"] * count / 100
     assert correct == pytest.approx(round(correct))
     assert f"digits: 128 training and {count} {what}, 10 classes" in capsys.readouterr().out
+
+
+def test_a_teacher_that_has_seen_the_held_out_images_is_refused(tmp_path, teacher):
+    message = refusal(short_config(tmp_path, teacher, "DATASET.HELD_OUT 30"))
+    assert message.startswith(f"DATASET.HELD_OUT 30: {teacher} was trained with 0, so that it has seen images")
+    assert message.endswith("train a resnet14 with DATASET.HELD_OUT 30, and give it as DISTILLER.TEACHER_CKPT")
+
+
+def test_a_teacher_that_has_held_out_the_same_images_is_taken(tmp_path, capsys):
+    held_out = "DATASET.HELD_OUT 30 DISTILLER.TEACHER resnet8"
+    short_run(tmp_path / "teacher", None, f"DISTILLER.TYPE vanilla {held_out}")
+    run = short_run(tmp_path / "student", tmp_path / "teacher" / "student", held_out)
+    assert run.result["tested_on"] == "held-out training images"
+    assert re.search(r"top-1 \d+\.\d\d on held-out images by kd", capsys.readouterr().out)
 
 
 def test_throughput_counts_images_not_full_batches(tmp_path, teacher, monkeypatch):

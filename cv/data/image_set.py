@@ -85,6 +85,9 @@ def choose_images(labels: Tensor, *, subset: int | None, subset_seed: int, held_
         )
     held = balanced_subset(labels, held_out) if held_out else labels[:0]
     others = torch.ones_like(labels, dtype=torch.bool).index_fill_(0, held, False).nonzero().flatten()
+    left, of_all = (torch.bincount(each, minlength=int(labels.max()) + 1) for each in (labels[others], labels))
+    if emptied := (of_all.gt(0) & left.eq(0)).nonzero().flatten().tolist():
+        raise UserError(f"DATASET.HELD_OUT {held_out}: no image of class {emptied[0]} would be left to train on")
     if subset is not None:
         others = others[balanced_subset(labels[others], subset, subset_seed)]
     return torch.cat((others, held))
