@@ -25,11 +25,13 @@ from nlp_fixtures import (
     tiny_config,
     tiny_tokenizer,
     weights_of,
+    write_rte,
 )
 from transformers import AutoModelForSequenceClassification, BertModel
 
 from bert_of_theseus import pipeline
-from bert_of_theseus.training import METHOD_STATE, DistillationTrainer, last_checkpoint
+from bert_of_theseus.training import METHOD_STATE, DistillationTrainer, MethodStateCallback, last_checkpoint
+from common.errors import UserError
 
 STORY = ("--finetune_predecessor", "--predecessor_num_train_epochs", "2", "--predecessor_learning_rate", "2e-3")
 STORY += ("--max_steps", "2", "--replacing_rate", "1.0", "--scheduler_type", "constant")
@@ -538,6 +540,41 @@ def test_a_half_written_checkpoint_is_passed_over(trained, tmp_path):
     interrupt(trained, tmp_path / "run", 6)
     (tmp_path / "run" / "checkpoint-6" / METHOD_STATE).unlink()
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
+
+
+def test_a_copy_of_a_checkpoint_is_no_checkpoint(trained, tmp_path):
+    interrupt(trained, tmp_path / "run", 6)
+    shutil.copytree(tmp_path / "run" / "checkpoint-6", tmp_path / "run" / "checkpoint-6.bak")
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-6"
+
+
+def test_the_last_checkpoint_goes_only_when_the_next_is_complete(tiny, tmp_path, monkeypatch):  # noqa: F811
+    on_save, complete = MethodStateCallback.on_save, []
+
+    def spy(*args, **others):
+        complete.append(last_checkpoint(tmp_path))
+        on_save(*args, **others)
+
+    monkeypatch.setattr(MethodStateCallback, "on_save", spy)
+    execute(flags(tiny, tmp_path, "--max_steps", "6", "--save_steps", "2", "--save_total_limit", "1"))
+    assert complete == [None, tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_a_run_is_not_resumed_with_other_training_examples(tiny, tmp_path):  # noqa: F811
+    more = ("--max_steps", "4", "--save_steps", "2")
+    execute(flags(tiny, tmp_path / "whole", *more))
+    interrupt(tmp_path / "whole", tmp_path / "run", 2)
+    fewer = SimpleNamespace(model=tiny.model, data=write_rte(tmp_path / "data", train=23))
+    with pytest.raises(UserError, match=r"checkpoint-2 was written with 24 training examples, now there are 23$"):
+        execute(flags(fewer, tmp_path / "run", *more, "--resume"))
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_run_is_not_resumed_by_another_number_of_processes(trained):
+    callback = MethodStateCallback(None, None, {}, circumstances={"processes": 2})
+    with pytest.raises(UserError, match=r"checkpoint-6 was written with 1 processes, now there are 2$"):
+        callback.load(last_checkpoint(trained))
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_over(tiny, tmp_path):  # noqa: F811

@@ -164,7 +164,10 @@ def _train(args, task, tokenizer, model, datasets):
     trainer = _trainer(
         args, task, tokenizer, student, datasets, setup, dskd=dskd, lambda_size=args.lambda_size if dskd else 0.0
     )
-    method_state = MethodStateCallback(dskd, theseus, trainer.totals)
+    circumstances = {"processes": setup.world_size, "training examples": len(datasets["train"])}
+    method_state = MethodStateCallback(
+        dskd, theseus, trainer.totals, circumstances=circumstances, keep=args.save_total_limit
+    )
     trainer.add_callback(method_state)
     if theseus is not None:
         schedule = replacing_schedule(

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -33,8 +33,12 @@ if hasattr(TrainingArguments, "train_sampling_strategy"):
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The last complete checkpoint in an output folder; `METHOD_STATE` is written when all else of it has been."""
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{METHOD_STATE}")]
-    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    return next((path for path in reversed(_checkpoints(folder)) if (path / METHOD_STATE).exists()), None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
 class DistillationTrainer(Trainer):
@@ -136,10 +140,21 @@ class MethodStateCallback(TrainerCallback):
     Args:
         dskd, theseus: whose state is kept, or None.
         totals: the trainer's; this adds the seconds of training.
+        circumstances: numbers that the steps depend on besides the settings, by name; a resumed run needs the same.
+        keep: checkpoints to leave; older ones are removed when a new one is complete (None: all).
     """
 
-    def __init__(self, dskd: DirectionSensitivityLoss | None, theseus: TheseusModel | None, totals: dict[str, float]):
+    def __init__(
+        self,
+        dskd: DirectionSensitivityLoss | None,
+        theseus: TheseusModel | None,
+        totals: dict[str, float],
+        *,
+        circumstances: Mapping[str, int] | None = None,
+        keep: int | None = None,
+    ):
         self.dskd, self.theseus, self.totals = dskd, theseus, totals
+        self.circumstances, self.keep = dict(circumstances or {}), keep
         self._bracket = ExitStack()
         self._since = time.perf_counter()
 
@@ -169,13 +184,20 @@ class MethodStateCallback(TrainerCallback):
                 "dskd": self.dskd and self.dskd.state_dict(),
                 "draws": self.theseus and self.theseus.generator.get_state(),
                 "totals": self.totals,
+                "circumstances": self.circumstances,
             }
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / METHOD_STATE
+            folder = Path(args.output_dir)
+            path = folder / f"checkpoint-{state.global_step}" / METHOD_STATE
             write_aside(path, lambda aside: torch.save(saved, aside))
+            for old in _checkpoints(folder)[: -self.keep] if self.keep else ():
+                shutil.rmtree(old)
 
     def load(self, checkpoint: Path) -> None:
-        """Continue from the state in a checkpoint folder."""
+        """Continue from the state in a checkpoint folder; a UserError where circumstances have changed."""
         saved = torch.load(checkpoint / METHOD_STATE, weights_only=True, map_location="cpu")
+        for name, value in self.circumstances.items():
+            if (before := saved.get("circumstances", {}).get(name, value)) != value:
+                raise UserError(f"--resume: {checkpoint} was written with {before} {name}, now there are {value}")
         if self.dskd is not None:
             self.dskd.load_state_dict(saved["dskd"])
         if self.theseus is not None:
@@ -261,7 +283,6 @@ def training_arguments(args, output_dir: Path, **overrides) -> TrainingArguments
         "eval_strategy": "steps" if evaluate else "no",
         "eval_steps": args.eval_steps if evaluate else None,
         "save_steps": args.save_steps,
-        "save_total_limit": args.save_total_limit,
         "report_to": [] if args.report_to == "none" else [args.report_to],
         "disable_tqdm": args.disable_tqdm,
         "remove_unused_columns": False,
