@@ -12,11 +12,11 @@ _POWER_ITERATIONS = 2
 
 
 def without_autocast(function):
-    """Mixed precision must not reach the method's products of matrices. The first argument is one of them."""
+    """Mixed precision must not reach the method's products of matrices."""
 
     @wraps(function)
     def wrapped(*args, **kwargs):
-        device = next(iter((*args, *kwargs.values()))).device
+        device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         with torch.autocast(device.type, enabled=False):
             return function(*args, **kwargs)
 

@@ -462,7 +462,8 @@ class DirectionSensitivityLoss:
         self._agree_on_seed()
         count = len(self._students)
         total, by_name = 0.0, {}
-        with torch.autocast(self._students[0].device.type, enabled=False):
+        autocast = torch.autocast(self._students[0].device.type, enabled=False)
+        with torch.inference_mode(False), autocast:  # tensors of inference could not be held for the training
             for group in self._groups:
                 for rows in group.rounds(range(len(group.names))):
                     losses, gradients = self._exact(group, rows)
@@ -473,8 +474,8 @@ class DirectionSensitivityLoss:
                         # the layout of the weight (channels_last, say), so that inner products need no copy
                         D = torch.empty_like(W.detach(), dtype=D.dtype).copy_(D.reshape(W.shape))
                         by_name[group.names[i]] = D
-        gradients = [by_name[name] for name in self._names]
-        return total - inner_product(gradients, [W.detach() for W in self._students]), gradients
+            gradients = [by_name[name] for name in self._names]
+            return total - inner_product(gradients, [W.detach() for W in self._students]), gradients
 
     def _exact(self, group: Group, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Losses (rows,) and gradients (rows, m, n) of some pairs of a group."""

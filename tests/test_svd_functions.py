@@ -67,6 +67,13 @@ def test_scores_of_a_hand_computed_pair():
     assert_close(direction_sensitivity(update, grad, 1.0), torch.tensor([4.5, 32.0, 0.5], dtype=torch.float64) / 37)
 
 
+def test_the_arguments_of_the_scores_may_come_in_any_order():
+    update, grad = random(4, 3, seed=1), random(4, 3, seed=2)
+    assert torch.equal(
+        direction_sensitivity(alpha=0.5, update=update, grad=grad), direction_sensitivity(update, grad, 0.5)
+    )
+
+
 @every_driver
 @every_shape
 def test_scores_of_a_batch_are_those_of_its_matrices(shape, driver):

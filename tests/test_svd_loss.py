@@ -320,6 +320,21 @@ def test_the_loss_is_there_without_autograd():
     assert_close(loss, run.dskd().detach())
 
 
+@pytest.mark.parametrize("basis", ["own", "update", "curvature"])
+def test_the_loss_may_be_read_in_inference_mode_and_training_goes_on(basis):
+    runs = [Run(rank=0 if basis == "curvature" else 3, basis=basis, svd_steps=2) for _ in range(2)]
+    for _ in range(4):
+        with torch.inference_mode():
+            read = runs[0].dskd()
+        assert_close(read.clone(), runs[1].dskd().detach())
+        for run in runs:
+            run.optimizer.zero_grad()
+            (run.task_loss() + run.dskd()).backward()
+            run.update()
+    for name, weight in runs[0].students.items():
+        assert torch.equal(weight, runs[1].students[name])
+
+
 def test_a_weight_in_two_pairs_gets_both_gradients():
     run = Run(shapes={"a": (5, 4), "b": (5, 4)}, rank=2)
     weight = run.students["a"]
