@@ -29,6 +29,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.output:
         check_writable("--output", args.output.parent)
+        if args.output.is_dir():
+            raise UserError(f"--output {args.output} is a folder; give the name of a file")
     repair_torchvision()
     import pandas as pd
 

@@ -157,6 +157,8 @@ def test_json_numbers_become_text(table):
         ("a.csv", 't,y\nx,1\n"never closed,1\n', "a.csv line 3: not valid CSV: unexpected end of data"),
         ("a.jsonl", '{"t": "x", "y": 1}\n{"t": \n', "a.jsonl line 2: not valid JSON: Expecting value"),
         ("a.jsonl", '["x", 1]\n', "a.jsonl line 1: not a JSON object"),
+        ("a.jsonl", '{"t": "x \\ud83d", "y": 1}\n', "a.jsonl line 1: not valid JSON: 'utf-8' codec can't encode"),
+        ("a.jsonl", '{"t": ' + 99999 * "[", "a.jsonl line 1: not valid JSON: maximum recursion depth"),
         ("a.jsonl", '{"t": "x", "y": 1}\n{"t": "x", "label": 1}\n', "line 2: no key 'y'; its keys are t, label"),
         ("a.jsonl", '{"t": null, "y": 1}\n', "a.jsonl line 1: 't' is null, expected text or a number"),
         ("a.jsonl", '{"t": ["x"], "y": 1}\n', "a.jsonl line 1: 't' is [\"x\"], expected text or a number"),
@@ -165,6 +167,15 @@ def test_json_numbers_become_text(table):
 )
 def test_a_complaint_names_the_file_the_line_and_what_would_be_right(table, name, content, message):
     assert message in complaint(table(name, content), "t", "y")
+
+
+def test_a_text_may_be_long(table):
+    long = 70_000 * "so "
+    assert read(table("a.csv", f"t,y\n{long},1\n"), "t") == [(2, (long,))]
+
+
+def test_a_character_may_be_written_as_two_halves(table):
+    assert read(table("a.jsonl", '{"t": "\\ud83d\\ude00", "y": 1}\n'), "t") == [(1, ("\N{GRINNING FACE}",))]
 
 
 @pytest.mark.parametrize(("name", "comma"), [("a.tsv", "\t"), ("a.csv", ",")])

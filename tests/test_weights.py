@@ -51,6 +51,12 @@ def test_another_teacher_than_the_runs_is_refused(tmp_path, monkeypatch):
         weights.main()
 
 
+def test_an_output_that_is_a_folder_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["weights.py", "nowhere", "--output", str(tmp_path)])
+    with pytest.raises(UserError, match="is a folder; give the name of a file"):
+        weights.main()
+
+
 def test_folders_without_a_teacher_are_refused(tmp_path, monkeypatch):
     short_run(tmp_path / "vanilla", None, "DISTILLER.TYPE vanilla DISTILLER.TEACHER ''")
     monkeypatch.setattr(sys, "argv", ["weights.py", str(tmp_path / "vanilla")])

@@ -99,6 +99,7 @@ def _read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(2**31 - 1)  # texts may be longer than its default, 131,072 characters
     reader = csv.reader((text for _, text in _lines(path)), strict=True)
     first = 1
     try:
@@ -113,7 +114,9 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict]]:
     for number, text in _lines(path):
         try:
             record = json.loads(text) if text.strip() else {}
-        except ValueError as error:
+            if "\\u" in text:  # it can write half a character, which no tokenizer takes
+                json.dumps(record, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number}: not valid JSON: {error}") from None
         if not isinstance(record, dict):
             raise UserError(f"{path} line {number}: not a JSON object; expected one object on every line")
