@@ -10,6 +10,7 @@ import yaml
 from yacs.config import CfgNode
 
 from common.errors import UserError
+from common.yaml_files import UniqueKeyLoader
 from cv.methods import METHODS, method_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,6 +102,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> CfgNode:
     """
     cfg = defaults()
     _merge_file(cfg, _find(path))
+    cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     if cfg.OUTPUT_DIR and not os.path.isabs(cfg.OUTPUT_DIR):
         cfg.OUTPUT_DIR = os.path.relpath(ROOT / cfg.OUTPUT_DIR)
     if len(overrides) % 2:
@@ -136,7 +138,7 @@ def _find(path: str) -> Path:
 
 def _merge_file(cfg: CfgNode, path: Path, above: tuple[Path, ...] = ()) -> None:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or an impossible date
         raise UserError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -232,7 +234,11 @@ def _validate(cfg: CfgNode, where: str) -> None:
         ("DSKD.GRAD_STEPS", dskd.GRAD_STEPS >= 1, "at least 1"),
         ("DSKD.BASIS", dskd.BASIS in ("own", "update", "curvature"), "own, update or curvature"),
         ("DSKD.DRIFT", dskd.DRIFT >= 0, "0 or a positive number"),
-        ("DSKD.SMOOTHING", dskd.SMOOTHING >= 0, "0 or a positive number"),
+        (
+            "DSKD.SMOOTHING",
+            dskd.SMOOTHING == 0 or (dskd.SMOOTHING > 0 and dskd.BASIS == "own" and dskd.DIRECTION != "released"),
+            "0 or, with BASIS own and unless DIRECTION is released, a positive number",
+        ),
         ("DSKD.DRIVER", dskd.DRIVER in ("gram", "svd", "randomized"), "gram, svd or randomized"),
         (
             "DSKD.DIRECTION",

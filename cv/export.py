@@ -80,6 +80,13 @@ def load_model(path: str | Path) -> tuple[Network, dict[str, Any]]:
     return model.eval(), info
 
 
+def check_onnx_packages() -> None:
+    """Raises UserError if one that `export_onnx` needs is missing."""
+    if missing := [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]:
+        install = f"pip install {' '.join(ONNX_PACKAGES)}"
+        raise UserError(f"exporting to ONNX needs {', '.join(missing)}, which cannot be imported; {install}")
+
+
 def export_onnx(model: nn.Module, folder: str | Path, image_shape: tuple[int, int, int]) -> float:
     """Write `folder`/model.onnx and return how far its logits are from torch's (largest absolute difference).
 
@@ -88,9 +95,7 @@ def export_onnx(model: nn.Module, folder: str | Path, image_shape: tuple[int, in
     left as it was.
     Raises UserError if a package is missing, RuntimeError (and writes nothing) if ONNX Runtime differs by 1e-4 or more.
     """
-    if missing := [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]:
-        install = f"pip install {' '.join(ONNX_PACKAGES)}"
-        raise UserError(f"exporting to ONNX needs {', '.join(missing)}, which cannot be imported; {install}")
+    check_onnx_packages()
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(5, *image_shape, generator=generator)

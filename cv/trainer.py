@@ -21,13 +21,13 @@ from common.files import check_writable, write_aside
 from common.record import RunRecord
 from common.svd_loss import DirectionSensitivityLoss
 from cv.blocks import copy_from_teacher
-from cv.config import ROOT, as_dict, leaves, repository_path
+from cv.config import ROOT, as_dict, defaults, leaves, repository_path
 from cv.data import DataSets, EpochLoader, load_dataset
 from cv.dskd import build_dskd, layer_map, layer_pairs
-from cv.export import export_onnx, load_model, save_model
+from cv.export import check_onnx_packages, export_onnx, load_model, save_model
 from cv.methods import METHODS, Distiller, build_distiller
 from cv.models import build_model
-from cv.teachers import load_teacher
+from cv.teachers import find_teacher, load_teacher
 
 EVALUATION_BATCH = 500
 CHECKPOINT = "checkpoint.pt"
@@ -49,6 +49,8 @@ def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dic
         raise UserError("SOLVER.PRECISION fp16 needs a GPU; use bf16 or fp32 here")
     if "wandb" in cfg.LOG.TRACKERS and importlib.util.find_spec("wandb") is None:
         raise UserError("LOG.TRACKERS wandb needs that package: pip install wandb")
+    if cfg.LOG.ONNX:
+        check_onnx_packages()
     folder = output_folder(cfg)
     accelerator = Accelerator(
         cpu=cpu,
@@ -71,6 +73,8 @@ def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dic
     )
     set_seed(solver.SEED)
     distiller, dskd, teacher_sha256 = _build(cfg, data, accelerator)
+    if overwrite and teacher_sha256 is not None:
+        _check_teacher_stays(find_teacher(cfg), folder)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not resume:
         for name in _WRITTEN:
@@ -302,19 +306,30 @@ class _Run:
             "progress": vars(self.progress),
             "config": as_dict(self.cfg),
             "teacher_sha256": self.teacher_sha256,
+            "circumstances": self._circumstances(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
         write_aside(self.folder / CHECKPOINT, lambda path: torch.save(state, path))
 
+    def _circumstances(self) -> dict[str, int]:
+        """What steps and batches depend on besides the settings."""
+        train, processes = self.data.train, self.accelerator.num_processes
+        return {"processes": processes, "training images": len(train), "classes": train.num_classes}
+
     def _load(self) -> None:
         state = _read_checkpoint(self.folder / CHECKPOINT)
-        before = leaves(CfgNode(state["config"]))
+        before = leaves(defaults()) | leaves(CfgNode(state["config"]))  # a setting that is new since: its default
         for key, value in leaves(self.cfg).items():
             if value != before.get(key) and key not in _FREE_ON_RESUME and not key.startswith("LOG."):
                 raise UserError(
                     f"--resume: {self.folder / CHECKPOINT} was written with {key} = {before.get(key)!r}, "
                     f"and {value!r} is asked for now"
+                )
+        for name, value in self._circumstances().items():
+            if (found := state.get("circumstances", {}).get(name, value)) != value:
+                raise UserError(
+                    f"--resume: {self.folder / CHECKPOINT} was written with {found} {name}, now there are {value}"
                 )
         if state.get("teacher_sha256", self.teacher_sha256) != self.teacher_sha256:
             raise UserError(
@@ -341,9 +356,6 @@ class _Run:
         cfg, progress = self.cfg, self.progress
         last, best = progress.history[-1], progress.best
         self._export("student", last)
-        if cfg.LOG.ONNX:
-            student, _ = load_model(self.folder / "student")  # as saved: not compiled
-            export_onnx(student, self.folder / "student", tuple(self.data.test.images.shape[1:]))
         result = self.record.finish(
             task=cfg.DATASET.NAME,
             method=cfg.DISTILLER.TYPE,
@@ -366,6 +378,9 @@ class _Run:
             throughput=progress.epoch * len(self.data.train) / progress.seconds,
             throughput_unit="images/s",
         )
+        if cfg.LOG.ONNX:
+            student, _ = load_model(self.folder / "student")  # as saved: not compiled
+            export_onnx(student, self.folder / "student", tuple(self.data.test.images.shape[1:]))
         print(f"top-1 last {last['top1']:.2f}, best {best['top1']:.2f} (epoch {result['best_epoch']})")
         print(f"the student: {self.folder / 'student'} (load it with cv.export.load_model)")
         return result
@@ -377,6 +392,11 @@ def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise UserError(f"--resume: there is no {CHECKPOINT} in {folder}")
     if not (resume or overwrite) and folder.exists() and any((folder / name).exists() for name in _WRITTEN):
         raise UserError(f"OUTPUT_DIR {folder} holds a run; give --resume, --overwrite or another OUTPUT_DIR")
+
+
+def _check_teacher_stays(teacher: Path, folder: Path) -> None:
+    if any(teacher.resolve().is_relative_to((folder / name).resolve()) for name in _WRITTEN):
+        raise UserError(f"--overwrite would remove the teacher, {teacher}; give another OUTPUT_DIR")
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

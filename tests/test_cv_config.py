@@ -222,6 +222,8 @@ def test_every_range_that_is_checked_is_tested():
         ("DSKD.SCORE", "tempered", "DSKD.BASIS curvature"),
         ("DSKD.SPAN", "interval", "DSKD.BASIS curvature"),
         ("DSKD.SMOOTHING", "0.1", "DSKD.BASIS curvature"),
+        ("DSKD.SMOOTHING", "0.1", "DSKD.BASIS update"),
+        ("DSKD.SMOOTHING", "0.1", "DSKD.DIRECTION released"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(key, value, beside):
@@ -232,6 +234,18 @@ def test_settings_that_exclude_each_other_are_refused(key, value, beside):
 def test_a_value_out_of_range_in_a_base_names_that_file_and_the_value(yaml):
     base = yaml("SOLVER: {EPOCHS: 0}", "base.yaml")
     assert refusal(yaml("BASE: base.yaml")) == f"{base}: SOLVER.EPOCHS = 0: expected at least 1"
+
+
+def test_a_block_that_occurs_twice_is_refused(yaml):
+    path = yaml("DSKD: {ENABLED: true}\nSOLVER: {EPOCHS: 2}\nDSKD: {RANK: 4}")
+    message = refusal(path)
+    assert message.startswith(f"{path} cannot be read as YAML: the key 'DSKD' occurs twice")
+    assert "line 3" in message
+
+
+def test_an_output_folder_may_be_below_the_users_own(yaml, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_config(yaml("OUTPUT_DIR: ~/runs/x")).OUTPUT_DIR == "/home/me/runs/x"
 
 
 def test_a_missing_file_is_named():

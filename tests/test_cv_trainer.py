@@ -325,6 +325,25 @@ def test_resuming_with_another_teacher_is_refused(tmp_path, teacher):
     assert short_run(tmp_path / "run", moved, JOINED, resume=True).result["steps"] == 16
 
 
+@pytest.mark.parametrize(("name", "before"), [("processes", 2), ("training images", 129), ("classes", 11)])
+def test_resuming_where_the_steps_would_be_others_is_refused(tmp_path, teacher, name, before):
+    checkpoint = short_run(tmp_path, teacher).folder / "checkpoint.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    now = state["circumstances"][name]
+    state["circumstances"][name] = before
+    torch.save(state, checkpoint)
+    message = refusal(short_config(tmp_path, teacher, "SOLVER.EPOCHS 2"), resume=True)
+    assert message == f"--resume: {checkpoint} was written with {before} {name}, now there are {now}"
+
+
+def test_a_run_from_before_a_setting_was_there_resumes_with_its_default(tmp_path, teacher):
+    checkpoint = short_run(tmp_path, teacher).folder / "checkpoint.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    del state["config"]["DATASET"]["HELD_OUT"], state["circumstances"]
+    torch.save(state, checkpoint)
+    assert short_run(tmp_path, teacher, "SOLVER.EPOCHS 2", resume=True).result["steps"] == 8
+
+
 def test_a_run_that_is_resumed_has_no_result_until_it_ends(tmp_path, teacher):
     short_run(tmp_path, teacher)
     interrupted(tmp_path, teacher, "SOLVER.EPOCHS 3", resume=True, after_epoch=2)
@@ -501,6 +520,19 @@ def test_onnx_is_written_of_the_saved_student_on_request(tmp_path, teacher, monk
     assert same_tensors(model.state_dict(), run.weights)
 
 
+def test_an_export_that_fails_leaves_the_result(tmp_path, teacher, monkeypatch):
+    monkeypatch.setattr(cv.trainer, "export_onnx", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        short_run(tmp_path, teacher, "LOG.ONNX true")
+    assert read_run(tmp_path).result["steps"] == 4
+
+
+def test_packages_that_the_export_needs_are_looked_for_before_the_training(tmp_path, teacher, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert refusal(short_config(tmp_path, teacher, "LOG.ONNX true")).startswith("exporting to ONNX needs onnxscript")
+    assert not (tmp_path / "config.json").exists()
+
+
 # Where a run is written
 
 
@@ -535,6 +567,13 @@ def test_overwriting_replaces_the_run_and_nothing_else(tmp_path, teacher):
     assert (len(run.epochs), run.result["seed"]) == (1, 2)
     assert not (tmp_path / "tracking").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_overwriting_does_not_cost_the_teacher(tmp_path, teacher):
+    shutil.copytree(teacher, tmp_path / "student")
+    message = refusal(short_config(tmp_path, tmp_path / "student"), overwrite=True)
+    assert message == f"--overwrite would remove the teacher, {tmp_path / 'student'}; give another OUTPUT_DIR"
+    assert load_model(tmp_path / "student")[1]["architecture"] == "resnet14"
 
 
 def test_a_mistake_found_before_training_does_not_cost_the_former_run(tmp_path, teacher):

@@ -20,6 +20,7 @@ _PLACES = ("OUTPUT_DIR", "DISTILLER.TEACHER_CKPT", "DATASET.ROOT", "output_dir",
 _TOLD = {
     "DISTILLER.STUDENT": "student",
     "DATASET.SUBSET": "subset",
+    "DATASET.HELD_OUT": "held out",
     "SOLVER.EPOCHS": "epochs",
     "SOLVER.BATCH_SIZE": "batch size",
     "SOLVER.LR": "learning rate",

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
+from common.yaml_files import UniqueKeyLoader
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs" / "tables"
@@ -191,18 +192,10 @@ def suggest(wrong: str, valid: Iterable[str]) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + f"valid: {', '.join(valid) or 'none'}"
 
 
-class _TextLoader(yaml.SafeLoader):
-    """All scalars stay the text that was written (5e-5 is no float in YAML 1.1); a repeated key is an error."""
+class _TextLoader(UniqueKeyLoader):
+    """All scalars stay the text that was written (5e-5 is no float in YAML 1.1)."""
 
     yaml_implicit_resolvers: Mapping = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} occurs twice", problem_mark=key.start_mark)
-        return node
 
 
 def _read(path: Path) -> dict:
