@@ -1,12 +1,16 @@
 """Image data: every layout, the augmentation's distribution against torchvision, epochs as functions of the seed."""
 
+import fcntl
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
+import time
 import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import URLError
 
@@ -423,6 +427,19 @@ def test_the_official_archive_is_unpacked_without_a_download(tmp_path, monkeypat
     monkeypatch.setattr(torchvision.datasets.CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("download"))
     assert torch.equal(load_dataset("cifar100", tmp_path).train.images, to_tensor(train))
+
+
+def test_a_run_waits_while_another_unpacks(tmp_path, monkeypatch):
+    write_cifar100_pickles(tmp_path, monkeypatch)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(load_dataset, "cifar100", tmp_path)
+        time.sleep(0.5)
+        waited = not reading.done()
+        os.close(descriptor)
+        assert len(reading.result().train) == 100
+    assert waited
 
 
 def test_a_pickle_with_another_checksum_is_never_read(tmp_path, monkeypatch):
