@@ -271,6 +271,15 @@ def test_resuming_with_other_settings_is_refused(own, complaint):
     assert snapshot(own.output) == before
 
 
+def test_a_run_that_is_older_than_a_flag_has_its_default(own, complaint):
+    own.output.mkdir()
+    settings = vars(parse_arguments([*own.words, "--resume"]))
+    del settings["start"]
+    (own.output / "config.json").write_text(json.dumps(settings))
+    message = complaint([*own.words, "--start", "paired", "--resume"])
+    assert f"the run in {own.output} has start first, not paired" in message
+
+
 def test_settings_that_cannot_be_read_are_not_called_broken(own, complaint):
     (own.output / "config.json").mkdir(parents=True)
     message = complaint([*own.words, "--resume"])

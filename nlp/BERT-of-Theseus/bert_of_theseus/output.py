@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from bert_of_theseus.arguments import build_parser
 from common.errors import UserError
 from common.files import check_writable, write_json
 
@@ -29,10 +30,11 @@ def check_folder(folder: Path, args: argparse.Namespace) -> None:
     if args.do_train and args.overwrite_output_dir:
         _check_inputs_stay(folder, args)
     if args.resume:
-        before = _settings_before(folder)
+        before, parser = _settings_before(folder), build_parser()
         for name, value in vars(args).items():
-            if name not in _FREE_ON_RESUME and value != before.get(name):
-                raise UserError(f"--resume: the run in {folder} has {name} {before.get(name)}, not {value}")
+            earlier = before.get(name, parser.get_default(name))  # the run may be older than the flag
+            if name not in _FREE_ON_RESUME and value != earlier:
+                raise UserError(f"--resume: the run in {folder} has {name} {earlier}, not {value}")
     elif args.do_train and not args.overwrite_output_dir and folder.exists() and any(folder.iterdir()):
         raise UserError(f"--output_dir {folder} is in use; give another, --overwrite_output_dir or --resume")
 
