@@ -1,6 +1,7 @@
 """Bad input ends a program with one line and exit code 2; everything else keeps its traceback."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -27,6 +28,11 @@ def run_cli(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

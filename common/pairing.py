@@ -86,8 +86,8 @@ def expand_patterns(student: nn.Module, patterns: Sequence[tuple[str, str]]) -> 
         if not matches:
             raise UserError(f"the student has no layer {student_pattern!r}")
         for match in matches:
-            filled = teacher_pattern.replace("*", "{}").format(*match.groups())
-            names.append((match.group(), filled))
+            taken = iter(match.groups())
+            names.append((match.group(), re.sub(r"\*", lambda _, taken=taken: next(taken), teacher_pattern)))
     return names
 
 

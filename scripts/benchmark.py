@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nlp" / "BERT-of-Theseus"))
 
 from common.errors import Parser, UserError, run_cli
+from common.files import check_writable
 from common.torchvision_repair import repair_torchvision
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +55,7 @@ def main() -> None:
     for name in ("seeds", "block"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: at least 1")
+    check_writable("--output", args.output)
     repair_torchvision()
 
     def wanted(name: str) -> bool:

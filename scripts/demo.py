@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import Parser, UserError, run_cli
+from common.files import check_writable
 from common.torchvision_repair import repair_torchvision
 from demo_lib.materials import fetch_encoder, fetch_text
 from demo_lib.report import image_latency, plot, read_result, size_mb, text_latency, write_table
@@ -49,6 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     if (args.task is None) != (args.data_dir is None):
         raise UserError("--task and --data_dir go together")
+    check_writable("--output_dir", args.output_dir)
     # the two scripts run in the repository's root
     args.output_dir = args.output_dir.resolve()
     args.data_dir = args.data_dir and args.data_dir.resolve()

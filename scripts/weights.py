@@ -38,7 +38,11 @@ def main() -> None:
     for folder in args.folders:
         run = load_run(folder)
         if has_networks(run):
-            lines.append({"run": folder.name, "method": run.method, "seed": run.seed, **closeness(weight_pairs(run))})
+            try:
+                found = closeness(weight_pairs(run))
+            except torch.linalg.LinAlgError as error:
+                raise UserError(f"{folder}: the student's weights are not finite") from error
+            lines.append({"run": folder.name, "method": run.method, "seed": run.seed, **found})
     if not lines:
         raise UserError("none of the folders has a student and names a teacher")
     table = pd.DataFrame(lines)

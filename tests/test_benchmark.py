@@ -104,6 +104,21 @@ def test_nlp_writes_speed_padding_and_metric_of_both_loops(execute, glue_run, mo
     assert [row[0] for row in rows(lines)] == ["RTE"]
 
 
+def test_nlp_looks_at_the_data_of_all_tasks_before_the_first_training(execute, glue_run, monkeypatch):
+    from benchmark_lib import glue
+
+    monkeypatch.setattr(glue, "_train", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(UserError, match="WNLI"):
+        execute("nlp", *glue_run, "--tasks", "RTE", "WNLI")
+
+
+def test_an_output_that_cannot_be_written_is_found_out_first(execute, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "curvature", "--quick", "--output", str(tmp_path / "file")])
+    with pytest.raises(UserError, match=r"^--output .* is a file$"):
+        benchmark.main()
+
+
 def test_nlp_refuses_a_number_of_seeds_below_one(execute, glue_run):
     with pytest.raises(UserError, match="--seeds 0"):
         execute("nlp", *glue_run, "--seeds", "0")

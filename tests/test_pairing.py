@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from common.pairing import last_of_group, linear_names, pair_weights, spread_evenly
+from common.pairing import expand_patterns, last_of_group, linear_names, pair_weights, spread_evenly
 
 
 def network(**widths: tuple[int, int]) -> nn.ModuleDict:
@@ -77,6 +77,12 @@ def test_leaving_out_all_pairs_is_refused():
 def test_a_layer_that_is_not_there_is_named_with_its_network(names, role):
     with pytest.raises(UserError, match=f"{role} has no layer 'x'"):
         pair_weights(network(a=(3, 2)), network(b=(3, 2)), [names])
+
+
+@pytest.mark.parametrize("pattern", ["{0}", "{}.x", "{"])
+def test_braces_in_a_pattern_are_letters_like_any_other(pattern):
+    assert expand_patterns(network(a=(3, 2)), [("a", pattern)]) == [("a", pattern)]
+    assert expand_patterns(network(a=(3, 2)), [("*", f"*{pattern}")]) == [("a", f"a{pattern}")]
 
 
 def test_a_layer_without_a_matrix_is_refused():

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -585,6 +586,7 @@ def test_a_file_where_a_folder_is_to_be_is_named_before_anything_runs(run, tmp_p
     [
         ("[]", "is no mapping; remove the folder to run this cell again"),
         ('{"last": "much"}', "last is 'much'; a number, or null for none, is needed"),
+        ('{"throughput": "12 it/s"}', "throughput is '12 it/s'; a number, or null for none, is needed"),
     ],
 )
 def test_a_result_of_no_use_is_named_and_spoils_no_table(run, capsys, result, message):
@@ -594,6 +596,60 @@ def test_a_result_of_no_use_is_named_and_spoils_no_table(run, capsys, result, me
     assert "first seed 1 is not in the table: " in out
     assert message in out
     assert pd.read_csv(run.results / "runs.csv")["cell"].tolist() == ["second", "second"]
+
+
+def test_a_result_that_is_a_folder_spoils_no_table(run, capsys):
+    run("--seeds", 1)
+    [result] = run.runs.glob("second-*/result.json")
+    result.unlink()
+    result.mkdir()
+    assert run("--seeds", 1, "--render-only") == 1
+    assert "second seed 1 is not in the table: " in capsys.readouterr().out
+    assert pd.read_csv(run.results / "runs.csv")["cell"].tolist() == ["first"]
+
+
+def test_a_result_does_not_say_which_row_it_is(run):
+    fields = """{label: First, args: {result: '{"cell": "x", "placeholders": "y", "versions": ["z"]}'}}"""
+    assert run("--seeds", 1, table=TABLE.replace("{label: First, args: {last: [1, 2, 3]}}", fields)) == 0
+    row = pd.read_csv(run.results / "runs.csv").iloc[0]
+    assert (row["cell"], row["placeholders"]) == ("first", "data=data/none")
+    assert pd.isna(row["versions"])
+
+
+def test_a_table_whose_runs_name_no_metric_is_drawn(run):
+    nameless = TABLE.replace("last: [1, 2, 3]", """last: [1, 2, 3], result: '{"metric": null}'""")
+    nameless = nameless.replace("last: [2, 4, 6]", """last: [2, 4, 6], result: '{"metric": null}'""")
+    assert run("--seeds", 2, table=nameless + CURVES) == 0
+    assert (run.results / "curve_steps.png").exists()
+
+
+def test_mean_and_best_are_over_the_same_runs(run):
+    one_diverges = TABLE.replace("args: {last: [1, 2, 3]}", "args: {last: [1, nan, 3]}")
+    assert run("--seeds", 3, table=one_diverges) == 0
+    first = pd.read_csv(run.results / "table.csv").set_index("cell").loc["first"]
+    assert (first["n"], first["last_mean"], first["best_mean"]) == (2, 2, 3)
+
+
+def test_a_needed_run_whose_folder_goes_away_meanwhile_is_run_again(run, monkeypatch):
+    execute = launching.execute
+
+    def removing(one, environment):
+        execute(one, environment)
+        if one.title.startswith("second seed 1"):
+            for folder in run.runs.glob("common-*"):
+                shutil.rmtree(folder)
+
+    monkeypatch.setattr(launching, "execute", removing)
+    needs = "  common: {label: Common, shared: true}\n  second:\n    label: Second\n    needs: common"
+    table = TABLE.replace("  second:\n    label: Second\n    needs: first", needs).replace("{first}", "{common}")
+    assert run("--seeds", 2, table=table) == 0
+    assert list(starts(run.runs)) == ["common-seed1", "first-seed1", "first-seed2", "second-seed1", "second-seed2"]
+    assert len(pd.read_csv(run.results / "runs.csv")) == 5
+
+
+def test_a_label_of_several_lines_is_one_line_of_the_tables(run):
+    run("--seeds", 1, table=TABLE.replace("{label: First,", '{label: "First\\nof all\\n",'))
+    assert "| First of all | 1 |" in (run.results / "table.md").read_text()
 
 
 def test_a_run_without_a_measurement_has_a_row_and_the_others_a_table(run):
@@ -705,6 +761,7 @@ def test_a_smoke_run_writes_outside_of_results(write_table, monkeypatch, tmp_pat
             "published: {value: 7.5, source: A paper}",
             "tasks.A.values: 'first' is already the name of a cell",
         ),
+        (f"{'x' * 101}: {{label: X}}\n  second:", "second:", "a name of 101 letters; 100 at most"),
         ("script: cv", "script: fake.py", "cells.first: cfg is missing; give the config file in base"),
     ],
 )
@@ -734,6 +791,7 @@ def test_a_table_file_in_another_encoding_is_named_with_the_line(write_table):
         ),
         (["glue_short", "--set", "model"], "'model' is not KEY=VALUE"),
         (["glue_short", "--cells", "theseos"], "--cells: glue_short.yaml has no 'theseos'; did you mean 'theseus'?"),
+        (["glue_short", "--set", "data=" + 300 * "x", "--dry-run"], "error: File name too long: xxx"),
         (["glue_short", "--seeds", "0"], "'0' is not a whole number above 0"),
         (["glue_short", "--slurm", "partition=gpu"], "--slurm needs --launcher slurm"),
         (["glue_short", "--launcher", "slurm", "--output", "{tmp}"], "--launcher slurm: "),

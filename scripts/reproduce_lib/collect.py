@@ -86,6 +86,8 @@ def _row(run: Run) -> dict[str, Any]:
     path = run.folder / "result.json"
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is no JSON: {error}; remove the folder to run this cell again") from error
     if not isinstance(result, dict):
@@ -93,19 +95,20 @@ def _row(run: Run) -> dict[str, Any]:
     missing = [name for name in ("metric", "last", "best") if name not in result]
     if missing:
         raise UserError(f"{path} has no {missing[0]!r}, which tables are made of")
-    for name in ("last", "best"):
-        if result[name] is not None and not isinstance(result[name], int | float):
+    for name in ("last", "best", "throughput"):
+        if result.get(name) is not None and not isinstance(result[name], int | float):
             raise UserError(f"{path}: {name} is {result[name]!r}; a number, or null for none, is needed")
     row: dict[str, Any] = {"task": run.task, "cell": run.cell, "seed": run.seed}
-    fields = {name: value for name, value in result.items() if name not in ("command", "seed", "versions")}
-    fields["dataset"] = fields.pop("task", None)
+    fields = {name: value for name, value in result.items() if name not in (*KEY, "versions")}
+    fields["dataset"] = result.get("task")
     for name, value in fields.items():
         if isinstance(value, dict):
             row |= {f"{name}.{key}": _plain(item) for key, item in value.items() if _is_scalar(item)}
         elif _is_scalar(value):
             row[name] = _plain(value)
     row |= {name: None for name in ("last", "best") if name not in row}  # the columns of runs.csv
-    row["versions"] = pairs(result.get("versions") or {})
+    versions = result.get("versions")
+    row["versions"] = pairs(versions if isinstance(versions, dict) else {})
     row["command"] = run.portable
     row["placeholders"] = run.placeholders
     return row

@@ -70,7 +70,7 @@ def _panel(table: Table, curve: Curve, rows: pd.DataFrame) -> _Panel:
     return _Panel(
         points=points.sort_values("x", kind="stable"),
         control=last.mean().get(table.control, np.nan),
-        metric=", ".join(map(str, rows["metric"].dropna().unique())),
+        metric=", ".join(map(str, rows["metric"].dropna().unique())) if "metric" in rows else "",
         seeds=last.index.tolist(),
     )
 

@@ -70,6 +70,10 @@ def launch(
                 waiting.remove(run)
                 failed[run] = "not run: it needs " + ", ".join(need.title for need in run.needs if need in failed)
                 _report(bar, run, failed[run])
+            needed = {need: None for run in waiting for need in run.needs if not need.finished}  # in order
+            for run in [need for need in needed if need not in waiting and need not in running and need not in failed]:
+                waiting.insert(0, run)  # its folder was there when the runner started
+                bar.total += 1
             for run in [run for run in waiting if all(need.finished for need in run.needs)][: len(slots)]:
                 waiting.remove(run)
                 slot = slots.pop(0)

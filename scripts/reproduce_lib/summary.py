@@ -41,6 +41,7 @@ def summarize(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
         by_cell = {cell.name: mine[mine["cell"] == cell.name].set_index("seed") for cell in table.cells}
         for cell in table.cells:
             last, best = (by_cell[cell.name][name].astype(float) * table.scale for name in ("last", "best"))
+            best = best[last.notna()]
             line = {
                 "task": task.name,
                 "cell": cell.name,

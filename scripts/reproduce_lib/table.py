@@ -23,6 +23,7 @@ _TASK_KEYS = ("args", "values")
 _CELL_KEYS = ("label", "needs", "versus", "shared", "args", "published", "smoke")
 _PUBLISHED_KEYS = ("value", "source")
 _CURVE_KEYS = ("x", "label", "cells")
+_LONGEST_NAME = 100
 
 Arguments = Mapping[str, Any]  # argument -> its text, or a list of texts
 
@@ -251,7 +252,7 @@ def _cell(name: str, value: Any, where: str, tasks: list[str]) -> Cell:
             raise UserError(f"{where}.published.value: unknown task {task!r}; {suggest(task, tasks)}")
     return Cell(
         name=name,
-        label=_text(value, "label", where),
+        label=" ".join(_text(value, "label", where).split()),  # a line, as it is a cell of the rendered tables
         needs=tuple([needs] if isinstance(needs, str) else needs),
         versus=_text(value, "versus", where) if "versus" in value else "",
         shared=_boolean(value.get("shared", "false"), f"{where}.shared"),
@@ -321,6 +322,8 @@ def _check_keys(content: Mapping, valid: tuple[str, ...], where: str) -> None:
 def _check_name(name: str, where: str) -> None:
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"{where}: {name!r} is no name; letters, digits, and . _ - inside")
+    if len(name) > _LONGEST_NAME:  # folders are called by it
+        raise UserError(f"{where}: a name of {len(name)} letters; {_LONGEST_NAME} at most")
 
 
 def _as_mapping(value: Any, where: str) -> dict:
