@@ -19,7 +19,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a command-line entry point; a `UserError` becomes `error: ...` on stderr and exit code 2."""
+    """Run a command-line entry point; a `UserError` becomes `error: ...` on stderr and exit code 2.
+
+    So does a path that is too long for the system.
+    """
     try:
         main()
     except UserError as error:

@@ -6,14 +6,29 @@ import resource
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from common.files import write_json
 from common.step_log import StepLog
 
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "numpy")
+
+
+def check_circumstances(checkpoint: Path, before: Mapping[str, int], now: Mapping[str, int]) -> None:
+    """Refuse to resume where numbers that the steps depend on, besides the settings, have changed.
+
+    before: as written with the checkpoint; one that is absent, in an older checkpoint, is not compared.
+
+    Raises:
+        UserError: one differs.
+    """
+    for name, value in now.items():
+        if (earlier := before.get(name, value)) != value:
+            raise UserError(f"--resume: {checkpoint} was written with {earlier} {name}, now there are {value}")
 
 
 class RunRecord:

@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 from common.directions import DirectionRecord
 from common.errors import UserError
 from common.files import check_writable, write_aside
-from common.record import RunRecord
+from common.record import RunRecord, check_circumstances
 from common.svd_loss import DirectionSensitivityLoss
 from cv.blocks import copy_from_teacher
 from cv.config import ROOT, as_dict, defaults, leaves, repository_path
@@ -321,16 +321,12 @@ class _Run:
         state = _read_checkpoint(self.folder / CHECKPOINT)
         before = leaves(defaults()) | leaves(CfgNode(state["config"]))  # a setting that is new since: its default
         for key, value in leaves(self.cfg).items():
-            if value != before.get(key) and key not in _FREE_ON_RESUME and not key.startswith("LOG."):
+            if value != before[key] and key not in _FREE_ON_RESUME and not key.startswith("LOG."):
                 raise UserError(
-                    f"--resume: {self.folder / CHECKPOINT} was written with {key} = {before.get(key)!r}, "
+                    f"--resume: {self.folder / CHECKPOINT} was written with {key} = {before[key]!r}, "
                     f"and {value!r} is asked for now"
                 )
-        for name, value in self._circumstances().items():
-            if (found := state.get("circumstances", {}).get(name, value)) != value:
-                raise UserError(
-                    f"--resume: {self.folder / CHECKPOINT} was written with {found} {name}, now there are {value}"
-                )
+        check_circumstances(self.folder / CHECKPOINT, state.get("circumstances", {}), self._circumstances())
         if state.get("teacher_sha256", self.teacher_sha256) != self.teacher_sha256:
             raise UserError(
                 f"--resume: {self.folder / CHECKPOINT} was written with another {self.cfg.DISTILLER.TEACHER} "

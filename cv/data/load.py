@@ -46,8 +46,9 @@ def load_dataset(
         raise UserError(f"DATASET.NAME {name!r}: unknown; choose from {', '.join((*CIFARS, *READERS))}")
     if image_size is not None and image_size < 1:
         raise UserError(f"DATASET.IMAGE_SIZE {image_size}: must be at least 1")
-    choose = partial(choose_images, subset=subset, subset_seed=subset_seed, held_out=held_out)
-    choose = choose if held_out or subset is not None else None
+    choose = None
+    if held_out or subset is not None:
+        choose = partial(choose_images, subset=subset, subset_seed=subset_seed, held_out=held_out)
     if name in CIFARS:  # their statistics are known, so that what is left out need not be decoded
         train, test, classes = read_cifar(CIFARS[name], Path(root), choose)
     else:

@@ -70,8 +70,8 @@ def launch(
                 waiting.remove(run)
                 failed[run] = "not run: it needs " + ", ".join(need.title for need in run.needs if need in failed)
                 _report(bar, run, failed[run])
-            needed = {need: None for run in waiting for need in run.needs if not need.finished}  # in order
-            for run in [need for need in needed if need not in waiting and need not in running and need not in failed]:
+            needed = dict.fromkeys(need for run in waiting for need in run.needs)  # in order
+            for run in [n for n in needed if not (n.finished or n in running or n in failed or n in waiting)]:
                 waiting.insert(0, run)  # its folder was there when the runner started
                 bar.total += 1
             for run in [run for run in waiting if all(need.finished for need in run.needs)][: len(slots)]:

@@ -21,7 +21,7 @@ from bert_of_theseus.tasks import Task
 from common.directions import DirectionRecord
 from common.errors import UserError
 from common.files import write_aside
-from common.record import RunRecord
+from common.record import RunRecord, check_circumstances
 from common.svd_loss import DirectionSensitivityLoss
 
 METHOD_STATE = "method_state.pt"
@@ -195,9 +195,7 @@ class MethodStateCallback(TrainerCallback):
     def load(self, checkpoint: Path) -> None:
         """Continue from the state in a checkpoint folder; a UserError where circumstances have changed."""
         saved = torch.load(checkpoint / METHOD_STATE, weights_only=True, map_location="cpu")
-        for name, value in self.circumstances.items():
-            if (before := saved.get("circumstances", {}).get(name, value)) != value:
-                raise UserError(f"--resume: {checkpoint} was written with {before} {name}, now there are {value}")
+        check_circumstances(checkpoint, saved.get("circumstances", {}), self.circumstances)
         if self.dskd is not None:
             self.dskd.load_state_dict(saved["dskd"])
         if self.theseus is not None:
