@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.run.errors import UserError
 
 
 def last_of_group(teacher_layers: int, student_layers: int) -> list[int]:

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from common.errors import UserError
 from common.pairing import spread_evenly
+from common.run.errors import UserError
 
 
 def paired_blocks(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:

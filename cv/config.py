@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-from common.errors import UserError
-from common.yaml_files import UniqueKeyLoader
+from common import ROOT
+from common.run.errors import UserError
+from common.run.yaml_files import UniqueKeyLoader
 from cv.methods import METHODS, method_defaults
 
-ROOT = Path(__file__).resolve().parents[1]
 _WITH_CURVATURE = {  # which has no choice of directions
     "RANK": (0,),
     "ALPHA": (-1.0,),

@@ -5,8 +5,8 @@ from collections import Counter
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from common.errors import UserError
 from common.pairing import expand_patterns, pair_weights
+from common.run.errors import UserError
 from common.svd_loss import DirectionSensitivityLoss
 from cv.blocks import paired_blocks
 

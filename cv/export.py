@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from common.errors import UserError
-from common.files import write_aside, write_text
+from common.run.errors import UserError
+from common.run.files import write_aside, write_text
 from cv.models import Network, build_model
 
 NEEDED = ("architecture", "num_classes", "in_channels")

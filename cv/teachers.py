@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from yacs.config import CfgNode
 
-from common.errors import UserError
-from cv.config import ROOT, repository_path
+from common import ROOT
+from common.run.errors import UserError
+from cv.config import repository_path
 from cv.export import load_model
 from cv.models import Network, build_model
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.errors import Parser, UserError, run_cli
+from common.run.errors import Parser, UserError, run_cli
 
 
 def main() -> None:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from common.directions import DirectionRecord
-from common.errors import UserError
-from common.files import check_writable, write_aside
-from common.record import RunRecord, check_circumstances
+from common import ROOT
+from common.run.choices import ChoiceLog
+from common.run.errors import UserError
+from common.run.files import check_writable, write_aside
+from common.run.record import RunRecord, check_circumstances
 from common.svd_loss import DirectionSensitivityLoss
 from cv.blocks import copy_from_teacher
-from cv.config import ROOT, as_dict, defaults, leaves, repository_path
+from cv.config import as_dict, defaults, leaves, repository_path
 from cv.data import DataSets, EpochLoader, load_dataset
 from cv.dskd import build_dskd, layer_map, layer_pairs
 from cv.export import check_onnx_packages, export_onnx, load_model, save_model
@@ -189,7 +190,7 @@ class _Run:
         self.directions = None
         if main and self.dskd is not None:
             pairs = layer_pairs(self.distiller.student, self.distiller.teacher, cfg.DSKD)
-            self.directions = DirectionRecord(self.folder, self.dskd, pairs, resume_step)
+            self.directions = ChoiceLog(self.folder, self.dskd, pairs, resume_step)
         self.accelerator.init_trackers("run")
         bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=not (main and cfg.LOG.PROGRESS))
         start = time.perf_counter() - progress.wall_seconds

@@ -12,17 +12,15 @@ python scripts/benchmark.py all         all of these
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nlp" / "BERT-of-Theseus"))
+import _paths  # noqa: F401
 
-from common.errors import Parser, UserError, run_cli
-from common.files import check_writable
+from common import ROOT
+from common.run.errors import Parser, UserError, run_cli
+from common.run.files import check_writable
 from common.torchvision_repair import repair_torchvision
 
-ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("RTE", "MRPC", "CoLA", "SST-2")
 
 
@@ -62,37 +60,37 @@ def main() -> None:
         return args.what in (name, "all")
 
     if wanted("startup"):
-        from benchmark_lib import startup
+        from scripts.lib.benchmark import startup
 
         print(startup.run(args.output, args.quick), flush=True)
     if wanted("method"):
-        from benchmark_lib import method
+        from scripts.lib.benchmark import method
 
         print(method.run(args.output, args.quick), flush=True)
     if wanted("curvature"):
-        from benchmark_lib import curvature
+        from scripts.lib.benchmark import curvature
 
         print(curvature.run(args.output, args.quick), flush=True)
     if wanted("growth"):
-        from benchmark_lib import growth
+        from scripts.lib.benchmark import growth
 
         print(growth.run(args.output, args.quick), flush=True)
     if wanted("cv"):
-        from benchmark_lib import loops
+        from scripts.lib.benchmark import loops
 
         print(loops.run(args.output, args.quick, args.cifar100), flush=True)
     if wanted("nlp"):
-        from benchmark_lib import glue
+        from scripts.lib.benchmark import glue
 
         bf16 = args.precision == "bf16"
         work = (args.glue, args.model, args.tasks, args.seeds, args.block, bf16)
         print(glue.run(args.output, args.quick, *work), flush=True)
     if wanted("exactness"):
-        from benchmark_lib import exactness
+        from scripts.lib.benchmark import exactness
 
         print(exactness.run(args.output, args.quick, args.cifar100, args.glue, args.model), flush=True)
     if wanted("scores"):
-        from benchmark_lib import scores
+        from scripts.lib.benchmark import scores
 
         print(scores.run(args.output, args.quick, args.cifar100), flush=True)
 

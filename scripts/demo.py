@@ -15,15 +15,15 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _paths  # noqa: F401
 
-from common.errors import Parser, UserError, run_cli
-from common.files import check_writable
+from common import ROOT
+from common.run.errors import Parser, UserError, run_cli
+from common.run.files import check_writable
 from common.torchvision_repair import repair_torchvision
-from demo_lib.materials import fetch_encoder, fetch_text
-from demo_lib.report import image_latency, plot, read_result, size_mb, text_latency, write_table
+from scripts.lib.demo.materials import fetch_encoder, fetch_text
+from scripts.lib.demo.report import image_latency, plot, read_result, size_mb, text_latency, write_table
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXT_SCRIPT = ROOT / "nlp" / "BERT-of-Theseus" / "run_glue_SVD_losslayer.py"
 IMAGE_SCRIPT = ROOT / "cv" / "train_svd.py"
 SENTENCES = 2500

@@ -7,16 +7,12 @@ An earlier run in the output folder is replaced, unless --resume continues it.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
+import _paths  # noqa: F401
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nlp" / "BERT-of-Theseus"))
-
 from bert_of_theseus.arguments import parse_arguments
-from common.errors import Parser, run_cli
+from common.run.errors import Parser, run_cli
 from common.torchvision_repair import repair_torchvision
 
 

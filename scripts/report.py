@@ -5,17 +5,15 @@ python scripts/report.py DIR1 DIR2 --output comparison.html
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nlp" / "BERT-of-Theseus"))
+import _paths  # noqa: F401
 
-from common.errors import Parser, UserError, run_cli
-from common.files import check_writable, write_text
+from common.run.errors import Parser, UserError, run_cli
+from common.run.files import check_writable, write_text
 from common.torchvision_repair import repair_torchvision
-from scripts.report_lib import comparison, single
-from scripts.report_lib.load import load_run
+from scripts.lib.report import comparison, single
+from scripts.lib.report.load import load_run
 
 
 def build_parser() -> argparse.ArgumentParser:

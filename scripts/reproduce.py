@@ -11,20 +11,20 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import _paths  # noqa: F401
 import pandas as pd
 
-from common.errors import Parser, UserError, run_cli
-from common.files import check_writable
-from scripts.reproduce_lib.collect import collect, keys, read_rows, recognised, write_rows
-from scripts.reproduce_lib.curves import draw_curves
-from scripts.reproduce_lib.launch import launch, unfinished
-from scripts.reproduce_lib.plan import Run, plan, short
-from scripts.reproduce_lib.plot import plot
-from scripts.reproduce_lib.render import render
-from scripts.reproduce_lib.summary import summarize
-from scripts.reproduce_lib.table import ROOT, Table, find_table, load_table, suggest
+from common import ROOT
+from common.run.errors import Parser, UserError, run_cli
+from common.run.files import check_writable
+from scripts.lib.tables.collect import collect, keys, read_rows, recognised, write_rows
+from scripts.lib.tables.curves import draw_curves
+from scripts.lib.tables.launch import launch, unfinished
+from scripts.lib.tables.plan import Run, plan, short
+from scripts.lib.tables.plot import plot
+from scripts.lib.tables.render import render
+from scripts.lib.tables.summary import summarize
+from scripts.lib.tables.table import Table, find_table, load_table, suggest
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import ROOT
 from common.torchvision_repair import repair_torchvision
 
 repair_torchvision()
 torch.set_num_threads(1)  # tests run in parallel workers; the tensors are tiny
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ import torch
 from cv_fixtures import read_run, save_teacher
 
 import cv.trainer
-from cv.config import ROOT, defaults, leaves, load_config
+from common import ROOT
+from cv.config import defaults, leaves, load_config
 from cv.data import DataSets, ImageSet
 from cv.data.augment import Augment
 from cv.export import load_model

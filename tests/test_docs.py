@@ -16,12 +16,12 @@ from typing import NamedTuple
 import pytest
 
 from bert_of_theseus.arguments import parse_arguments
-from common.errors import UserError
+from common import ROOT
+from common.run.errors import UserError
 from cv.config import load_config
-from scripts.reproduce_lib.plan import plan
-from scripts.reproduce_lib.table import find_table, load_table
+from scripts.lib.tables.plan import plan
+from scripts.lib.tables.table import find_table, load_table
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
 FOLDERS = ("common", "configs", "cv", "docs", "nlp", "resources", "results", "scripts", "tests")
 SHELL = ("bash", "sh", "shell", "console")

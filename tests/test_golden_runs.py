@@ -9,13 +9,13 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest  # repairs torchvision and sets one thread, also when this file runs by itself
 import numpy as np
 import pytest
-from conftest import ROOT  # repairs torchvision and sets one thread, also when this file runs by itself
 from cv_fixtures import column, save_teacher, short_run
 from nlp_fixtures import execute, flags, log_of, write_model, write_rte
 
-GOLDEN = ROOT / "tests" / "golden"
+GOLDEN = conftest.ROOT / "tests" / "golden"
 BASES = ("own", "update")
 # Largest relative difference of any loss in the 20 steps, measured: 5e-5 between one thread and two, NCHW and NHWC, the
 # drivers gram and svd, and instruction sets from SSE to AVX-512; 7e-4 or more in every run whose DSKD gradient is wrong

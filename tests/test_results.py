@@ -2,12 +2,12 @@
 
 import pytest
 
-from scripts.reproduce_lib.collect import read_rows
-from scripts.reproduce_lib.curves import draw_curves
-from scripts.reproduce_lib.plan import ROOT
-from scripts.reproduce_lib.render import render
-from scripts.reproduce_lib.summary import summarize
-from scripts.reproduce_lib.table import find_table, load_table
+from common import ROOT
+from scripts.lib.tables.collect import read_rows
+from scripts.lib.tables.curves import draw_curves
+from scripts.lib.tables.render import render
+from scripts.lib.tables.summary import summarize
+from scripts.lib.tables.table import find_table, load_table
 
 SHIPPED = sorted(path.parent for path in ROOT.glob("results/*/runs.csv"))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.run.errors import UserError
 from common.torchvision_repair import repair_torchvision
 from cv.data.decode import decode_images
 from cv.data.image_set import ImageSet

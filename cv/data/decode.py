@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from common.errors import UserError
+from common.run.errors import UserError
 
 CHUNK = 64
 # Pillow decodes outside the interpreter lock, but opens and converts under it: measured on two cores, threads double

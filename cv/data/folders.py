@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError
+from common.run.errors import UserError
 from common.torchvision_repair import repair_torchvision
 from cv.data.decode import decode_images
 from cv.data.image_set import ImageSet

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.run.errors import UserError
 from cv.data.augment import Augment
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common.errors import UserError
+from common.run.errors import UserError
 from cv.data.augment import Augment
 from cv.data.cifar import CIFAR10, CIFAR100, read_cifar
 from cv.data.digits import read_digits

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.run.errors import UserError
 from cv.data.augment import Augment, normalize
 from cv.data.image_set import ImageSet
 

@@ -3,7 +3,7 @@
 from torch import nn
 from yacs.config import CfgNode
 
-from common.errors import UserError
+from common.run.errors import UserError
 from cv.methods.at import AT
 from cv.methods.base import Distiller, FeatureShapes, feature_shapes
 from cv.methods.crd import CRD

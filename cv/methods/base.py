@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from common.errors import UserError
+from common.run.errors import UserError
 
 if TYPE_CHECKING:
     from cv.models.features import Features

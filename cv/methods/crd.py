@@ -8,7 +8,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from yacs.config import CfgNode
 
-from common.errors import UserError
+from common.run.errors import UserError
 from cv.methods.base import Distiller, feature_shapes
 
 

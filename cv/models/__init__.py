@@ -4,7 +4,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
 
-from common.errors import UserError
+from common.run.errors import UserError
 from cv.models.features import Features, Network
 from cv.models.mobilenetv2 import MobileNetV2
 from cv.models.resnet import RESNETS, ResNet

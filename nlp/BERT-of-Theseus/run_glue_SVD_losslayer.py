@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bert_of_theseus.arguments import parse_arguments
-from common.errors import run_cli
+from common.run.errors import run_cli
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from bert_of_theseus.tasks import get_task
-from common.errors import Parser, UserError
+from common.run.errors import Parser, UserError
 
 DSKD_SETTINGS = ("lambda_size", "rank_size", "svd_steps", "grad_steps", "drift", "smoothing", "basis", "svd_driver")
 DSKD_SETTINGS += ("direction", "alpha", "score", "span")

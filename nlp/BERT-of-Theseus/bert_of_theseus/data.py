@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 
 from bert_of_theseus.tables import encode_label, parse_score, read_table
 from bert_of_theseus.tasks import HUB_DATASET, Task
-from common.errors import UserError
+from common.run.errors import UserError
 
 _CHUNK = 10_000  # texts tokenised at once: enough to keep every core busy, little enough memory
 _SCORE_BINS = 5  # a selection split of a regression is stratified by quintiles of the score

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from bert_of_theseus.data import load_task_data, random_subset, selection_split
 from bert_of_theseus.modeling import encoder_layers
 from bert_of_theseus.tasks import Task, custom_task, get_task
-from common.errors import UserError
 from common.pairing import last_of_group
+from common.run.errors import UserError
 
 
 def load_data(args: argparse.Namespace) -> tuple[dict, Task]:

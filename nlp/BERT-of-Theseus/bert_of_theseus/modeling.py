@@ -9,8 +9,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
 from common.pairing import last_of_group, linear_names, pair_weights
+from common.run.errors import UserError
 
 
 def encoder_layers(model: nn.Module) -> nn.ModuleList:

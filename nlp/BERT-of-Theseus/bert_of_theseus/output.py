@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bert_of_theseus.arguments import build_parser
-from common.errors import UserError
-from common.files import check_writable, write_json
+from common.run.errors import UserError
+from common.run.files import check_writable, write_json
 
 # what a run writes, and what --overwrite_output_dir therefore may remove
 _WRITTEN = ("checkpoint-*", "student", "student_best", "predecessor", "predictions", "runs", "metrics.jsonl")

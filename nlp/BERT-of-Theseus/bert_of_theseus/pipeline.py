@@ -32,10 +32,10 @@ from bert_of_theseus.training import (
     save_student,
     training_arguments,
 )
-from common.directions import DirectionRecord
-from common.errors import UserError
-from common.files import write_json, write_text
-from common.record import RunRecord
+from common.run.choices import ChoiceLog
+from common.run.errors import UserError
+from common.run.files import write_json, write_text
+from common.run.record import RunRecord
 from common.svd_loss import DirectionSensitivityLoss
 
 
@@ -182,7 +182,7 @@ def _train(args, task, tokenizer, model, datasets):
     if setup.process_index == 0:
         step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else None
         record = RunRecord(output_dir, vars(args), resume_step=step)
-        directions = DirectionRecord(output_dir, dskd, pairs, resume_step=step) if dskd else None
+        directions = ChoiceLog(output_dir, dskd, pairs, resume_step=step) if dskd else None
         trainer.add_callback(RecordCallback(record, directions))
     layers = len(encoder_layers(_exported(student)))
     how = method_in_words(args, layers)

@@ -6,7 +6,7 @@ import numpy as np
 
 from bert_of_theseus.metrics import decide
 from bert_of_theseus.tasks import Task
-from common.files import write_text
+from common.run.files import write_text
 
 
 def write_predictions(task: Task, folder: str | Path, logits: np.ndarray, set_name: str = "test") -> Path:

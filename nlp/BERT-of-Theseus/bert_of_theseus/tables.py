@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import UserError
+from common.run.errors import UserError
 
 
 class Row(NamedTuple):

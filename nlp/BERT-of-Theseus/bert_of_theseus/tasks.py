@@ -7,7 +7,7 @@ Columns are those of the original TSV files (gluebenchmark.com); labels are in t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from common.errors import UserError
+from common.run.errors import UserError
 
 HUB_DATASET = "nyu-mll/glue"
 

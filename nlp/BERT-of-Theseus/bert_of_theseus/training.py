@@ -18,10 +18,10 @@ from bert_of_theseus.metrics import compute
 from bert_of_theseus.modeling import TheseusModel
 from bert_of_theseus.sampling import LengthGrouped
 from bert_of_theseus.tasks import Task
-from common.directions import DirectionRecord
-from common.errors import UserError
-from common.files import write_aside
-from common.record import RunRecord, check_circumstances
+from common.run.choices import ChoiceLog
+from common.run.errors import UserError
+from common.run.files import write_aside
+from common.run.record import RunRecord, check_circumstances
 from common.svd_loss import DirectionSensitivityLoss
 
 METHOD_STATE = "method_state.pt"
@@ -221,7 +221,7 @@ class ReplacingCallback(TrainerCallback):
 class RecordCallback(TrainerCallback):
     """Copies every log line of the Trainer into the run record, and DSKD's choices into theirs."""
 
-    def __init__(self, record: RunRecord, directions: DirectionRecord | None):
+    def __init__(self, record: RunRecord, directions: ChoiceLog | None):
         self.record, self.directions = record, directions
 
     def on_step_end(self, args, state, control, **_):

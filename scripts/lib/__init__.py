@@ -1,0 +1,1 @@
+"""What stands beneath the scripts: one folder for each of them."""

@@ -1,0 +1,157 @@
+"""Examples per second of the GLUE loop beside the plain loop of the transformers example, and the metric of both.
+
+Both fine-tune the same encoder from the same start at equal batch size, precision, optimizer and schedule. Their timed
+steps are one training, so that its end gives the metric that each loop reaches with the same number of steps.
+"""
+
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+from transformers import PrinterCallback, set_seed
+from transformers.utils import logging as transformers_logging
+
+from bert_of_theseus.arguments import parse_arguments
+from bert_of_theseus.data import tokenize
+from bert_of_theseus.loading import load_data, load_model, max_length
+from bert_of_theseus.training import collator, metrics_function, training_arguments
+from common.run.errors import UserError
+from scripts.lib.benchmark.plain_glue import PlainGlue
+from scripts.lib.benchmark.timing import summary, table, write
+from scripts.lib.benchmark.turns import SampledTrainer, Turns
+
+BATCH, LENGTH, LEARNING_RATE = 32, 128, 1e-4
+BLOCKS = 7  # of a training; the first one is the warm-up
+
+
+def run(folder: Path, quick: bool, glue: str, model: str, tasks: list[str], seeds: int, block: int, bf16: bool) -> str:
+    """Every task with seeds 1 to `seeds`, 7 blocks of `block` steps each; returns the table."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    size = {"batch": BATCH, "blocks": BLOCKS, "block": block, "dev_examples": None}
+    if quick:
+        size = {"batch": 4, "blocks": 2, "block": 1, "dev_examples": 8}
+    results = {}
+    for name in tasks:  # what is wrong with the last one's data is not to be found out after hours
+        load_data(_arguments(Path(glue) / name, name, model, 1, bf16, size["batch"], 1))
+    for name in tasks:
+        runs = [_train(Path(glue) / name, name, model, seed, bf16, **size) for seed in range(1, seeds + 1)]
+        results[name] = _task_results(runs, size["batch"] * size["block"])
+    case = {
+        "case": f"fine-tuning all layers of {Path(model).name}, batch {size['batch']}, at most {LENGTH} tokens",
+        "precision": "bf16" if bf16 else "fp32",
+        "steps": size["blocks"] * size["block"],
+        "steps_per_block": size["block"],
+        "seeds": seeds,
+        "learning_rate": LEARNING_RATE,
+    }
+    path = write("nlp", {**case, "tasks": results}, folder)
+    return f"{table([_row(name, result) for name, result in results.items()])}\n\n{path}"
+
+
+def _arguments(data: Path, task: str, model: str, seed: int, bf16: bool, batch: int, steps: int) -> Namespace:
+    """What a user of the training script would write."""
+    words = f"--do_train --do_eval --method finetune --task_name {task} --max_seq_length {LENGTH} --max_steps {steps}"
+    words += f" --learning_rate {LEARNING_RATE} --per_gpu_train_batch_size {batch} --seed {seed} --report_to none"
+    words += " --disable_tqdm --bf16" if bf16 else " --disable_tqdm"
+    return parse_arguments([*words.split(), "--model_name_or_path", model, "--data_dir", str(data), "--output_dir", ""])
+
+
+def _train(
+    data: Path, name: str, model: str, seed: int, bf16: bool, *, batch: int, blocks: int, block: int, dev_examples
+) -> dict[str, dict]:
+    """One training by each loop, block by block in turns: seconds of the blocks, tokens, metric and loss of both.
+
+    dev_examples: how many to evaluate on, None for all.
+    """
+    steps = blocks * block
+    args = _arguments(data, name, model, seed, bf16, batch, steps)
+    sets, task = load_data(args)
+    if len(sets["train"]) < batch:
+        raise UserError(f"{data}: {len(sets['train'])} training examples, fewer than the batch of {batch}")
+    with tempfile.TemporaryDirectory() as folder:
+        setup = training_arguments(args, Path(folder), save_strategy="no")
+        models = {}
+        for loop in ("ours", "plain"):
+            set_seed(seed)  # the new classifier of both is drawn alike
+            tokenizer, loaded = load_model(args, task)
+            models[loop] = loaded.to(setup.device)
+        length = max_length(args, models["ours"])
+        dev = sets[task.dev_sets[0]]
+        dev = tokenize(dev.subset(range(len(dev))[:dev_examples]), tokenizer, length)
+        train = tokenize(sets["train"], tokenizer, length)
+        trainers = {
+            loop: SampledTrainer(
+                model=models[loop],
+                args=setup,
+                train_dataset=train,
+                processing_class=tokenizer,
+                data_collator=collator(tokenizer),
+                compute_metrics=metrics_function(task),
+            )
+            for loop in models
+        }
+        for trainer in trainers.values():
+            trainer.remove_callback(PrinterCallback)
+        padded = tokenize(sets["train"], tokenizer, length, pad_to_max_length=True)
+        plain = PlainGlue(
+            models["plain"], padded, batch=batch, learning_rate=LEARNING_RATE, total_steps=steps, bf16=bf16
+        )
+        turns = Turns(plain.run, block)
+        trainers["ours"].add_callback(turns)
+        trainers["ours"].train()
+        scores = {loop: trainer.evaluate(dev) for loop, trainer in trainers.items()}
+    sampled = trainers["ours"].sampled
+    return {
+        "seconds": {loop: seconds[1:] for loop, seconds in turns.seconds.items()},
+        "tokens": {
+            "ours": _padded_length(sampled.chosen, train.lengths),
+            "ours, whole epoch": _padded_length(sampled.epoch, train.lengths),
+            "plain": float(length),
+        },
+        "metric": {loop: score[f"eval_{task.primary}"] for loop, score in scores.items()},
+        "loss": {loop: score["eval_loss"] for loop, score in scores.items()},
+        "metric_name": task.primary,
+    }
+
+
+def _padded_length(batches: list[list[int]], lengths: np.ndarray) -> float:
+    """Mean number of tokens of an example, padding to the longest of its batch included."""
+    return float(np.mean([lengths[batch].max() for batch in batches]))
+
+
+def _task_results(runs: list[dict], examples: int) -> dict:
+    """One task's figures from the runs of all seeds; `examples`: of a block."""
+    loops = ("ours", "plain")
+    rates = {loop: [examples / value for run in runs for value in run["seconds"][loop]] for loop in loops}
+    by_turn = [ours / plain for ours, plain in zip(rates["ours"], rates["plain"], strict=True)]
+    rates = {loop: summary(values) for loop, values in rates.items()}
+    return {
+        "examples_per_second": rates,
+        "ratio": rates["ours"]["median"] / rates["plain"]["median"],
+        "ratio_turn_by_turn": summary(by_turn),
+        "tokens_per_example": {key: float(np.mean([run["tokens"][key] for run in runs])) for key in runs[0]["tokens"]},
+        "metric": runs[0]["metric_name"],
+        "dev_metric": {loop: [run["metric"][loop] for run in runs] for loop in loops},
+        "dev_loss": {loop: [run["loss"][loop] for run in runs] for loop in loops},
+    }
+
+
+def _row(name: str, result: dict) -> dict[str, str]:
+    rates, tokens = result["examples_per_second"], result["tokens_per_example"]
+    means = {loop: float(np.mean(values)) for loop, values in result["dev_metric"].items()}
+    return {
+        "task": name,
+        "ours, examples/s": _rate(rates["ours"]),
+        "plain, examples/s": _rate(rates["plain"]),
+        "ratio": f"{result['ratio']:.2f}",
+        "tokens of an example": f"{tokens['ours']:.0f} / {tokens['plain']:.0f}",
+        "metric on dev": result["metric"],
+        "ours": f"{100 * means['ours']:.1f}",
+        "plain": f"{100 * means['plain']:.1f}",
+    }
+
+
+def _rate(values: dict[str, float]) -> str:
+    return f"{values['median']:.1f} ({values['min']:.1f} to {values['max']:.1f})"

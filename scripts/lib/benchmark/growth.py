@@ -1,0 +1,92 @@
+"""How the cost of DSKD grows: with the size of the matrices, the rank, the number of pairs, and the number of ranks."""
+
+import multiprocessing
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.distributed as dist
+
+from common.run.figures import drawn
+from scripts.lib.benchmark.method import Case, parts
+from scripts.lib.benchmark.per_step_svd import per_step_svd_loss
+from scripts.lib.benchmark.timing import interleaved, table, write
+
+_LABELS = {
+    "size": "columns and rows of a matrix (4 pairs, rank 32)",
+    "rank": "rank (4 pairs of 512 x 512)",
+    "pairs": "pairs (256 x 256, rank 32)",
+    "processes": "processes of one thread (8 pairs of 512 x 512, rank 32)",
+}
+
+
+def run(folder: Path, quick: bool) -> str:
+    """Seconds of the parts along four lines; writes growth.json, .png and .svg, returns the tables."""
+    repeats, shrink = (1, 8) if quick else (5, 1)
+    lines = {
+        "size": {n: _seconds(n, 4, 32, repeats) for n in _shrunk((128, 256, 512, 768, 1024), shrink)},
+        "rank": {k: _seconds(512 // shrink, 4, k, repeats) for k in _shrunk((4, 16, 64, 256, 512), shrink)},
+        "pairs": {count: _seconds(256 // shrink, count, 32, repeats) for count in (1, 4, 16, 36)},
+        "processes": {ranks: _seconds_with_ranks(ranks, 512 // shrink, 8, repeats) for ranks in (1, 2)},
+    }
+    path = write("growth", {"unit": "median seconds", "lines": lines}, folder)
+    _plot(lines, folder)
+    tables = [
+        f"{_LABELS[name]}:\n\n" + table([{name: str(x), **_in_words(found)} for x, found in line.items()])
+        for name, line in lines.items()
+    ]
+    return "\n\n".join([*tables, str(path)])
+
+
+def _shrunk(values: Sequence[int], by: int) -> list[int]:
+    return sorted({max(value // by, 1) for value in values})
+
+
+def _seconds(n: int, count: int, rank: int, repeats: int, rival: bool = True) -> dict[str, float]:
+    torch.manual_seed(0)
+    pairs = [(str(i), torch.nn.Parameter(torch.randn(n, n) / n), torch.randn(n, n) / n) for i in range(count)]
+    dskd, works = parts(Case("growth", pairs, lambda: None, rank, grad_steps=100))
+    if rival:
+        weights = dskd.direction_weights()
+        works["SVD in every step"] = lambda: (0.1 * per_step_svd_loss(pairs, weights)).backward()
+    return {name: statistics.median(values) for name, values in interleaved(works, repeats).items()}
+
+
+def _seconds_with_ranks(ranks: int, n: int, count: int, repeats: int) -> dict[str, float]:
+    """Of the slowest of several processes, which share the refreshes."""
+    processes = ProcessPoolExecutor(ranks, multiprocessing.get_context("spawn"))
+    with TemporaryDirectory() as shared, processes:
+        jobs = [processes.submit(_rank, f"{shared}/ranks", rank, ranks, n, count, repeats) for rank in range(ranks)]
+        found = [job.result() for job in jobs]
+    return {name: max(each[name] for each in found) for name in found[0]}
+
+
+def _rank(meeting_place: str, rank: int, ranks: int, n: int, count: int, repeats: int) -> dict[str, float]:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=ranks)
+    try:
+        return _seconds(n, count, 32, repeats, rival=False)
+    finally:
+        dist.destroy_process_group()
+
+
+def _in_words(seconds: dict[str, float]) -> dict[str, str]:
+    return {f"{name}, ms": f"{1000 * value:.3g}" for name, value in seconds.items()}
+
+
+def _plot(lines: dict[str, dict[int, dict[str, float]]], folder: Path) -> None:
+    with drawn(folder, "growth", (10, 6.4)) as figure:
+        for panel, (name, line) in zip(figure.subplots(2, 2).flat, lines.items(), strict=True):
+            for part in next(iter(line.values())):
+                panel.plot(list(line), [1000 * found[part] for found in line.values()], "o-", markersize=3, label=part)
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log")
+            panel.set_xticks(list(line), [str(x) for x in line])
+            panel.minorticks_off()
+            panel.set_xlabel(_LABELS[name])
+            panel.set_ylabel("milliseconds")
+            panel.grid(alpha=0.3)
+        figure.axes[0].legend()

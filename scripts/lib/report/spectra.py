@@ -1,0 +1,80 @@
+"""Singular values: of the updates that directions were chosen in, and of the weights that are aligned."""
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
+from torch import Tensor
+
+from common.run.errors import UserError
+from scripts.lib.report.load import Choice
+from scripts.lib.report.plots import panel, svg
+
+# (decades that an axis spans at most, where its ticks are in each of them)
+_TICKS = ((0.8, (1, 1.2, 1.5, 2, 3, 5)), (2, (1, 2, 5)), (np.inf, (1,)))
+
+
+def first_middle_last(choices: Sequence[Choice]) -> list[Choice]:
+    """Three of them, or as many as there are."""
+    last = len(choices) - 1
+    return [choices[i] for i in sorted({0, (last + 1) // 2, last})]
+
+
+def update_spectra(choices: Sequence[Choice], pairs: Sequence[str]) -> dict[str, str]:
+    """Singular values of the selected directions, from the first choice (light) to the last, on axes of one range.
+
+    Pairs of which none is known are left out.
+    """
+    known = {pair: [_known(choice, pair) for choice in choices] for pair in pairs}
+    known = {pair: curves for pair, curves in known.items() if any(len(sigma) for _, sigma in curves)}
+    least = min((sigma.min() for curves in known.values() for _, sigma in curves if len(sigma)), default=1)
+    colors = mpl.colormaps["Blues"](np.linspace(1, 0.4, len(choices))[::-1])
+    drawn = {}
+    for pair, curves in known.items():
+        with panel() as (figure, axis):
+            for (index, sigma), color in zip(curves, colors, strict=True):
+                axis.plot(index + 1, sigma, ".-", color=color, linewidth=0.8, markersize=3)
+            _logarithmic(axis, least / 1.2, 1.2)
+            drawn[pair] = svg(figure)
+    return drawn
+
+
+def singular_values(weight: Tensor) -> np.ndarray:
+    """Falling; of a convolution, of its matrix with a row for each output channel.
+
+    Raises:
+        UserError: the weights are not finite, as those of a run that diverged.
+    """
+    if not weight.isfinite().all():
+        raise UserError("there are weights that are not finite")
+    return torch.linalg.svdvals(weight.detach().float().flatten(1)).numpy()
+
+
+def weight_spectrum(student: np.ndarray, teacher: np.ndarray) -> str:
+    """Both spectra; values below 1e-4 of the largest are left out."""
+    kept = [values[values > 1e-4 * values.max(initial=0)] for values in (student, teacher)]
+    with panel() as (figure, axis):
+        for values, color, style in zip(kept, ("#0072b2", "#d55e00"), ("-", "--"), strict=True):
+            axis.plot(np.arange(1, len(values) + 1), values, style, color=color, linewidth=1.2)
+        present = np.concatenate(kept) if any(map(len, kept)) else np.ones(1)  # zero matrices have no spectrum
+        _logarithmic(axis, present.min() / 1.1, present.max() * 1.1)
+        return svg(figure)
+
+
+def _known(choice: Choice, pair: str) -> tuple[np.ndarray, np.ndarray]:
+    index, _, sigma = choice.weights[pair]
+    return index[sigma > 0], sigma[sigma > 0]
+
+
+def _logarithmic(axis: Axes, low: float, high: float) -> None:
+    """Axis of singular values from `low` to `high`, with as many plain numbers as there is room for."""
+    places = next(places for decades, places in _TICKS if np.log10(high / low) <= decades)
+    axis.set_yscale("log")
+    axis.set_ylim(low, high)
+    axis.yaxis.set_major_locator(LogLocator(subs=places))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.set_ylabel("singular value")

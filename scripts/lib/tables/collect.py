@@ -1,0 +1,135 @@
+"""`runs.csv`: one row per finished run, from its `result.json`; no path of this machine in it."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from common.run.errors import UserError
+from common.run.files import write_text
+from scripts.lib.tables.plan import Run, pairs, portable
+
+KEY = ["task", "cell", "seed", "command", "placeholders"]
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """Rows written earlier; empty if there is no such file.
+
+    Raises:
+        UserError: the file is no `runs.csv`.
+    """
+    if not path.exists():
+        return pd.DataFrame(columns=KEY)
+    try:
+        # texts, so that they are written again as they were; None and NA are names of cells like any other
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    missing = [column for column in (*KEY, "last", "best") if column not in rows.columns]
+    if missing:
+        raise UserError(f"{path} has no column {missing[0]!r}")
+    for name, is_valid in {"seed": _is_seed, "last": _is_number, "best": _is_number, "throughput": _is_number}.items():
+        for line, text in enumerate(rows.get(name, ()), start=2):
+            if not is_valid(text):
+                raise UserError(f"{path}, line {line}: {name} is {text!r}; give a {'whole ' * (name == 'seed')}number")
+    texts = rows[["task", "placeholders"]].fillna("")
+    return rows.assign(**texts, seed=rows["seed"].astype(int))
+
+
+def keys(rows: pd.DataFrame) -> set[tuple]:
+    """The identities of rows."""
+    return set(rows[KEY].itertuples(index=False, name=None))
+
+
+def recognised(runs: Iterable[Run], rows: pd.DataFrame) -> dict[Run, dict[str, Any]]:
+    """The rows that were made by the same commands with the same values of placeholders, by run.
+
+    That holds for what a run needs, too: its own command has no more than the names of these cells in it.
+    """
+    written = {tuple(row[name] for name in KEY): row for row in rows.to_dict("records")}
+    found: dict[Run, dict[str, Any]] = {}
+    for run in runs:  # what a run needs stands before it
+        if _key(run) in written and all(need in found for need in run.needs):
+            found[run] = written[_key(run)]
+    return found
+
+
+def collect(runs: Iterable[Run], kept: Mapping[Run, dict[str, Any]]) -> tuple[pd.DataFrame, dict[Run, str]]:
+    """Rows of all finished runs, and of the runs that are not finished here but have a row in `kept`; in plan order.
+
+    Returns:
+        The rows, and the runs whose `result.json` is of no use, with the reason: one of them spoils no table.
+    """
+    rows, unusable = [], {}
+    for run in runs:
+        try:
+            rows.append(_row(run) if run.finished else kept.get(run))
+        except UserError as error:
+            unusable[run] = str(error)
+    # objects: empty fields would turn whole numbers into floats
+    table = pd.DataFrame([row for row in rows if row], columns=None if any(rows) else KEY, dtype=object)
+    last = [name for name in ("command", "placeholders") if name in table.columns]
+    return table[[name for name in table.columns if name not in last] + last], unusable
+
+
+def write_rows(rows: pd.DataFrame, path: Path) -> None:
+    write_text(path, rows.to_csv(index=False, lineterminator="\n"))
+
+
+def _key(run: Run) -> tuple[str, str, int, str, str]:
+    return run.task, run.cell, run.seed, run.portable, run.placeholders
+
+
+def _row(run: Run) -> dict[str, Any]:
+    path = run.folder / "result.json"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}; remove the folder to run this cell again") from error
+    if not isinstance(result, dict):
+        raise UserError(f"{path} is no mapping; remove the folder to run this cell again")
+    missing = [name for name in ("metric", "last", "best") if name not in result]
+    if missing:
+        raise UserError(f"{path} has no {missing[0]!r}, which tables are made of")
+    for name in ("last", "best", "throughput"):
+        if result.get(name) is not None and not isinstance(result[name], int | float):
+            raise UserError(f"{path}: {name} is {result[name]!r}; a number, or null for none, is needed")
+    row: dict[str, Any] = {"task": run.task, "cell": run.cell, "seed": run.seed}
+    fields = {name: value for name, value in result.items() if name not in (*KEY, "versions")}
+    fields["dataset"] = result.get("task")
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            row |= {f"{name}.{key}": _plain(item) for key, item in value.items() if _is_scalar(item)}
+        elif _is_scalar(value):
+            row[name] = _plain(value)
+    row |= {name: None for name in ("last", "best") if name not in row}  # the columns of runs.csv
+    versions = result.get("versions")
+    row["versions"] = pairs(versions if isinstance(versions, dict) else {})
+    row["command"] = run.portable
+    row["placeholders"] = run.placeholders
+    return row
+
+
+def _is_seed(text: Any) -> bool:
+    return isinstance(text, str) and text.isdecimal() and int(text) < 2**63
+
+
+def _is_number(text: Any) -> bool:
+    """A number or an empty field, which is read as NaN."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool)
+
+
+def _plain(value: Any) -> Any:
+    return portable(value) if isinstance(value, str) else value

@@ -1,0 +1,58 @@
+"""The last metric of every cell, seed by seed."""
+
+import textwrap
+from pathlib import Path
+
+import pandas as pd
+
+from common.run.figures import drawn, plain
+from scripts.lib.tables.render import spread_text
+from scripts.lib.tables.table import Cell, Table
+
+
+def plot(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> None:
+    """Write `table.png` and `table.svg`: a panel per task, a line per cell, each seed a dot, mean ± std beside them.
+
+    Mean ± std also stand as numbers at the right: where cells are far apart, those close together look the same.
+    """
+    summary = summary[summary["n"] > 0]
+    tasks = list(summary["task"].unique())
+    cells = [cell for cell in table.cells if cell.name in set(summary["cell"])]
+    with drawn(folder, "table", (3 + 4 * len(tasks), 1.2 + 0.42 * len(cells))) as figure:
+        panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+        for panel, task in zip(panels, tasks, strict=True):
+            _panel(panel, table, cells, summary[summary["task"] == task], rows[rows["task"] == task])
+            panel.set_title(task)
+        panels[0].set_yticks(range(len(cells)), [plain(cell.label) for cell in cells])
+        panels[0].set_ylim(len(cells) - 0.4, -0.6)
+        entitle(figure, table.title, "at the end of training; dots: seeds, diamonds: mean ± standard deviation")
+
+
+def entitle(figure, title: str, what: str) -> None:
+    """Write a table's title, in lines that fit the figure, and what is drawn."""
+    characters = int(13 * figure.get_figwidth())  # of 9 points
+    figure.suptitle("\n".join([*textwrap.wrap(plain(title), characters), plain(what)]), fontsize=9)
+
+
+def metric_name(metric: str, scale: float) -> str:
+    """What stands at an axis of a metric, with its unit or what it was multiplied by."""
+    return {"top1": "top-1 (%)"}.get(metric, metric) + (f" x {scale:g}" if scale != 1 else "")
+
+
+def _panel(panel, table: Table, cells: list[Cell], summary: pd.DataFrame, rows: pd.DataFrame) -> None:
+    figures = [""] * len(cells)
+    for line in summary.itertuples():
+        position = [cell.name for cell in cells].index(line.cell)
+        values = rows.loc[rows["cell"] == line.cell, "last"].astype(float) * table.scale
+        color = "tab:gray" if line.cell == table.control else "tab:blue"
+        panel.plot(values, [position] * len(values), "o", color=color, alpha=0.6, markersize=4, markeredgewidth=0)
+        spread = None if pd.isna(line.last_std) else line.last_std
+        figures[position] = spread_text(line.last_mean, line.last_std)
+        panel.errorbar(line.last_mean, position + 0.22, xerr=spread, fmt="d", color=color, markersize=5, capsize=3)
+        if line.cell == table.control:
+            panel.axvline(line.last_mean, color=color, linestyle=":", linewidth=1)
+    panel.set_xlabel(metric_name(summary["metric"].iloc[0], table.scale))
+    panel.grid(axis="x", alpha=0.3)
+    right = panel.secondary_yaxis("right")
+    right.set_yticks(range(len(cells)), figures, fontsize=8)
+    right.tick_params(length=0)

@@ -1,0 +1,66 @@
+"""Statistics of a table: mean and sample standard deviation over seeds, paired comparison with another cell."""
+
+import math
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from scripts.lib.tables.table import Table
+
+CONFIDENCE = 0.95
+
+
+def paired_difference(values: pd.Series, control: pd.Series) -> dict[str, float]:
+    """Mean of `values - control` over the seeds that both have, its 95% interval and the p of a paired t-test.
+
+    Both are indexed by seed. With fewer than two pairs, or where all differences are equal and nothing can be said
+    about their spread, interval and p are NaN.
+    """
+    differences = (values - control).dropna()
+    found = {"difference": differences.mean(), "low": math.nan, "high": math.nan, "p": math.nan}
+    if len(differences) > 1 and not np.isclose(differences.std(), 0, atol=1e-12):
+        seeds = differences.index
+        test = stats.ttest_rel(values.loc[seeds], control.loc[seeds])
+        interval = test.confidence_interval(CONFIDENCE)
+        found |= {"low": interval.low, "high": interval.high, "p": test.pvalue}
+    return {**found, "pairs": len(differences)}
+
+
+def summarize(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per task and cell, in the table's order and in its display units.
+
+    Columns: task, cell, label, metric, n, last_mean, last_std, best_mean, best_std, versus (the cell that this one is
+    compared with), difference (of `last` to that cell's), low, high, p, pairs, published, source. NaN where there is
+    nothing.
+    """
+    lines = []
+    for task in table.tasks:
+        mine = rows[rows["task"] == task.name]
+        metrics = mine["metric"].dropna().unique() if "metric" in mine else []
+        by_cell = {cell.name: mine[mine["cell"] == cell.name].set_index("seed") for cell in table.cells}
+        for cell in table.cells:
+            last, best = (by_cell[cell.name][name].astype(float) * table.scale for name in ("last", "best"))
+            best = best[last.notna()]
+            line = {
+                "task": task.name,
+                "cell": cell.name,
+                "label": cell.label,
+                "metric": ", ".join(map(str, metrics)),
+                "n": int(last.count()),
+                "last_mean": last.mean(),
+                "last_std": last.std(),
+                "best_mean": best.mean(),
+                "best_std": best.std(),
+                "versus": table.versus(cell),
+                "difference": math.nan,
+                "low": math.nan,
+                "high": math.nan,
+                "p": math.nan,
+                "pairs": 0,
+            }
+            if line["versus"]:
+                line |= paired_difference(last, by_cell[line["versus"]]["last"].astype(float) * table.scale)
+            published = cell.published.get(task.name, math.nan)
+            lines.append({**line, "published": published, "source": cell.source})
+    return pd.DataFrame(lines)

@@ -1,0 +1,151 @@
+"""Two ranks on the CPU, started by torchrun: equal students and directions, exact resuming, refused batch sizes."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cv_fixtures import SHORT_RUN, read_run, same_tensors, save_teacher
+
+from common import ROOT
+
+# The command line on every rank: refused, then a whole run, then one that stops behind its first epoch and is resumed.
+RANK = """
+import sys
+from contextlib import suppress
+sys.path.insert(0, {root!r})
+from common.torchvision_repair import repair_torchvision
+repair_torchvision()
+import torch
+from accelerate import Accelerator, PartialState
+import cv.trainer
+from common.run.errors import UserError
+from cv.train_svd import main
+
+class Stop(Exception):
+    pass
+
+class Spy(cv.trainer._Run):
+    stop_in = None
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        runs.append(self)
+        self.seen = []
+
+    def _train_epoch(self, epoch, bar):
+        if epoch == self.stop_in:
+            raise Stop
+        super()._train_epoch(epoch, bar)
+
+    def _step(self, images, labels, indices):
+        self.seen.append(indices.tolist())
+        return super()._step(images, labels, indices)
+
+cv.trainer._Run, runs = Spy, []
+words = sys.argv[1:]
+end_training, Accelerator.end_training = Accelerator.end_training, lambda self: None  # it would part the ranks
+
+def run(*more):
+    sys.argv = ["train_svd.py", *words, *more]
+    main()
+
+refusal = ""
+try:
+    run("SOLVER.BATCH_SIZE", "33", "OUTPUT_DIR", {folder!r} + "/refused")
+except UserError as error:
+    refusal = str(error)
+run("OUTPUT_DIR", {folder!r} + "/whole")
+Spy.stop_in = 2
+with suppress(Stop):
+    run("OUTPUT_DIR", {folder!r} + "/resumed")
+PartialState().wait_for_everyone()
+Spy.stop_in, Accelerator.end_training = None, end_training
+rank = PartialState().process_index
+run("OUTPUT_DIR", {folder!r} + "/resumed", "--resume")
+whole, _, resumed = runs
+
+def kept(run):
+    return {{
+        "student": {{name: value.detach() for name, value in run.distiller.student.named_parameters()}},
+        "statistics": dict(run.distiller.student.named_buffers()),
+        "directions": run.dskd.direction_weights(),
+        "held": dict(enumerate(run.dskd.state_dict()["held"][1])),
+        "steps": run.progress.step,
+        "seen": run.seen,
+    }}
+
+torch.save({{"refusal": refusal, "whole": kept(whole), "resumed": kept(resumed)}}, f"{folder}/rank{{rank}}.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two ranks ended with, and the folders of the whole and the resumed run."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = folder / "rank.py"
+    script.write_text(RANK.format(root=str(ROOT), folder=str(folder)))
+    words = ["--cfg", "configs/demo/base.yaml", *SHORT_RUN.split(), "SOLVER.EPOCHS", "2", "DSKD.ENABLED", "true"]
+    words += ["DSKD.SVD_STEPS", "3", "DSKD.GRAD_STEPS", "5"]
+    words += ["DISTILLER.TEACHER_CKPT", str(save_teacher(folder / "teacher"))]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, *words], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    return SimpleNamespace(first=first, second=second, folder=folder, printed=done.stdout)
+
+
+def test_both_ranks_end_with_the_same_student(ranks):
+    assert ranks.first["whole"]["steps"] == ranks.second["whole"]["steps"] == 8
+    assert same_tensors(ranks.first["whole"]["student"], ranks.second["whole"]["student"])
+
+
+def test_both_ranks_choose_the_same_directions_and_hold_the_same_gradient(ranks):
+    first, second = ranks.first["whole"], ranks.second["whole"]
+    assert same_tensors(first["directions"], second["directions"])
+    assert same_tensors(first["held"], second["held"])
+    weights = first["directions"]["stages.1.0.conv1"]
+    assert weights.max() > 2 * weights.mean()  # chosen, no longer uniform
+
+
+def test_the_ranks_share_every_batch_and_no_image_comes_twice(ranks):
+    first, second = ranks.first["whole"]["seen"], ranks.second["whole"]["seen"]
+    assert {len(batch) for batch in first + second} == {16}
+    for epoch in (slice(0, 4), slice(4, 8)):
+        assert sorted(i for batch in first[epoch] + second[epoch] for i in batch) == list(range(128))
+
+
+def test_batch_statistics_are_each_ranks_own(ranks):
+    first, second = ranks.first["whole"]["statistics"], ranks.second["whole"]["statistics"]
+    assert not torch.equal(first["bn1.running_mean"], second["bn1.running_mean"])
+
+
+def test_only_the_first_rank_prints_and_writes(ranks):
+    assert ranks.printed.count("top-1 last") == 2  # the whole run, and the resumed one
+    run = read_run(ranks.folder / "whole")
+    assert [line["step"] for line in run.steps] == list(range(1, 9))
+    assert same_tensors(
+        {name: run.weights[name] for name in ranks.first["whole"]["student"]}, ranks.first["whole"]["student"]
+    )
+    assert torch.equal(run.weights["bn1.running_mean"], ranks.first["whole"]["statistics"]["bn1.running_mean"])
+
+
+def test_the_loss_falls(ranks):
+    losses = [line["loss_ce"] + line["loss_kd"] for line in read_run(ranks.folder / "whole").steps]
+    assert sum(losses[4:]) < sum(losses[:4])
+
+
+def test_a_resumed_run_ends_with_the_bits_of_the_whole_one(ranks):
+    for rank in (ranks.first, ranks.second):
+        assert same_tensors(rank["resumed"]["student"], rank["whole"]["student"])
+        assert same_tensors(rank["resumed"]["directions"], rank["whole"]["directions"])
+    whole, resumed = (read_run(ranks.folder / name) for name in ("whole", "resumed"))
+    assert same_tensors(resumed.weights, whole.weights)  # batch statistics, too
+
+
+def test_a_batch_size_that_the_ranks_cannot_share_is_refused(ranks):
+    assert ranks.first["refusal"] == ranks.second["refusal"] == "SOLVER.BATCH_SIZE 33 does not divide into 2 ranks"
+    assert not (ranks.folder / "refused").exists()

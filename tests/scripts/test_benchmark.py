@@ -1,0 +1,188 @@
+"""scripts/benchmark.py with --quick: every part writes the figures that the pages cite, and prints its table."""
+
+import json
+import sys
+
+import pytest
+import torch
+from nlp_fixtures import write_model, write_rte
+
+from common import ROOT
+from common.run.errors import UserError
+from scripts import benchmark
+
+SUMMARY = {"median", "min", "max", "repeats"}
+
+
+@pytest.fixture
+def execute(tmp_path, monkeypatch, capsys):
+    """Run one part; returns (what it wrote, the lines that it printed)."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+    def run(what: str, *more: str) -> tuple[dict, list[str]]:
+        words = ["benchmark.py", what, "--quick", "--output", str(tmp_path / "results"), *map(str, more)]
+        monkeypatch.setattr(sys, "argv", words)
+        benchmark.main()
+        written = json.loads((tmp_path / "results" / f"{what}.json").read_text())
+        assert {"device", "versions", "git_revision"} <= written.keys()
+        return written, capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def rows(lines: list[str]) -> list[list[str]]:
+    """Cells of the table's rows; the header and the line below it left out."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
+
+
+def test_method_writes_the_share_of_a_step_and_the_ratio_to_the_svd_in_every_step(execute):
+    written, lines = execute("method")
+    for result in written["results"]:
+        cost, step = result["dskd_seconds_per_step"], result["seconds"]["step"]["median"]
+        assert result["share_of_step"] == pytest.approx(cost / step)
+        assert result["per_step_svd_over_dskd"] > 0
+        assert result["kept_copies_of_matched_weights"] > 0
+    assert [row[0] for row in rows(lines)] == [result["case"] for result in written["results"]]
+
+
+def test_curvature_writes_its_share_of_a_step(execute):
+    written, lines = execute("curvature")
+    medians = {name: values["median"] for name, values in written["seconds"].items()}
+    step = medians.pop("step")
+    assert medians.keys() == {"choose directions", "expand", "held"}
+    assert written["share_of_step"] == pytest.approx(sum(medians.values()) / step)
+    rarer = medians["held"] + medians["expand"] / 2 + medians["choose directions"] / 4
+    assert written["share_of_step_svd_steps_4_grad_steps_2"] == pytest.approx(rarer / step)
+    assert rows(lines)[0][0] == written["case"]
+
+
+def test_cv_writes_speed_and_memory_of_both_loops_in_both_precisions(execute, monkeypatch):
+    from scripts.lib.benchmark import loops, memory
+
+    monkeypatch.setattr(loops, "load_dataset", lambda name, root: memory.random_images(32))
+    monkeypatch.setattr(loops, "peak_memory_apart", lambda loop, precision, *_: len(loop + precision))
+    written, lines = execute("cv")
+    for result in written["precisions"].values():
+        rates = result["images_per_second"]
+        assert rates["ours"].keys() == rates["plain"].keys() == SUMMARY
+        assert result["ratio"] == pytest.approx(rates["ours"]["median"] / rates["plain"]["median"])
+        assert result["peak_memory_bytes"] == {"ours": 8, "plain": 9}
+    loops_shown = [["ours", "fp32"], ["plain", "fp32"], ["ours", "bf16"], ["plain", "bf16"]]
+    assert [row[:2] for row in rows(lines)] == loops_shown
+
+
+def test_memory_is_that_of_the_loop_and_not_of_the_measuring_process(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from scripts.lib.benchmark.memory import peak_memory_apart
+
+    ballast = torch.ones(1_000_000_000, dtype=torch.uint8)
+    peak = peak_memory_apart("plain", "fp32", batch=4, steps=1, images=8)
+    assert 50e6 < peak < len(ballast)  # torch alone takes more than the lower bound
+
+
+@pytest.fixture(scope="module")
+def glue_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("glue")
+    write_rte(folder / "RTE", train=24, dev=12)
+    return ["--glue", folder, "--model", write_model(folder / "model"), "--tasks", "RTE"]
+
+
+def test_nlp_writes_speed_padding_and_metric_of_both_loops(execute, glue_run, monkeypatch):
+    from scripts.lib.benchmark import glue
+
+    monkeypatch.setattr(glue, "LENGTH", 32)  # the tiny model's tokens are few
+    written, lines = execute("nlp", *glue_run, "--seeds", "2", "--precision", "fp32")
+    result = written["tasks"]["RTE"]
+    rates = result["examples_per_second"]
+    assert rates["ours"].keys() == rates["plain"].keys() == SUMMARY
+    assert result["ratio"] == pytest.approx(rates["ours"]["median"] / rates["plain"]["median"])
+    assert result["tokens_per_example"]["ours"] < result["tokens_per_example"]["plain"] == 32
+    assert rates["ours"]["repeats"] == rates["plain"]["repeats"] == 2  # a warm-up and one timed block for every seed
+    assert result["metric"] == "accuracy"
+    assert all(len(result[key][loop]) == 2 for key in ("dev_metric", "dev_loss") for loop in ("ours", "plain"))
+    assert [row[0] for row in rows(lines)] == ["RTE"]
+
+
+def test_nlp_looks_at_the_data_of_all_tasks_before_the_first_training(execute, glue_run, monkeypatch):
+    from scripts.lib.benchmark import glue
+
+    monkeypatch.setattr(glue, "_train", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(UserError, match="WNLI"):
+        execute("nlp", *glue_run, "--tasks", "RTE", "WNLI")
+
+
+def test_an_output_that_cannot_be_written_is_found_out_first(execute, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "curvature", "--quick", "--output", str(tmp_path / "file")])
+    with pytest.raises(UserError, match=r"^--output .* is a file$"):
+        benchmark.main()
+
+
+def test_nlp_refuses_a_number_of_seeds_below_one(execute, glue_run):
+    with pytest.raises(UserError, match="--seeds 0"):
+        execute("nlp", *glue_run, "--seeds", "0")
+
+
+def test_both_glue_loops_take_the_same_steps_from_the_same_weights(monkeypatch, execute, tmp_path, glue_run):
+    from scripts.lib.benchmark import glue
+
+    starts, steps = [], []
+
+    class Watched(glue.PlainGlue):
+        def __init__(self, model, *arguments, **settings):
+            starts.append([p.detach().clone() for p in model.parameters()])
+            super().__init__(model, *arguments, **settings)
+
+        def run(self, count):
+            steps.append(count)
+            super().run(count)
+
+    class WatchedTurns(glue.Turns):
+        def on_train_begin(self, args, state, control, model=None, **_):
+            starts.append([p.detach().clone() for p in model.parameters()])
+            super().on_train_begin(args, state, control)
+
+        def on_train_end(self, args, state, control, **_):
+            assert state.global_step == sum(steps)
+
+    monkeypatch.setattr(glue, "LENGTH", 32)
+    monkeypatch.setattr(glue, "PlainGlue", Watched)
+    monkeypatch.setattr(glue, "Turns", WatchedTurns)
+    execute("nlp", *glue_run, "--seeds", "1", "--precision", "fp32")
+    assert all(torch.equal(plain, ours) for plain, ours in zip(*starts, strict=True))
+    assert steps == [1, 1]
+
+
+def test_sampled_batches_are_whole_batches_of_the_epoch_and_differ(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from scripts.lib.benchmark.turns import SampledBatches
+
+    torch.manual_seed(0)
+    sampled = SampledBatches(range(103), batch=5, steps=8)
+    order = list(sampled)
+    batches = [tuple(order[start : start + 5]) for start in range(0, 40, 5)]
+    assert len(order) == len(sampled) == 40
+    assert all(batch == tuple(range(batch[0], batch[0] + 5)) and batch[0] % 5 == 0 for batch in batches)
+    assert len(set(batches)) == 8
+    assert batches != [tuple(range(start, start + 5)) for start in range(0, 40, 5)]
+
+
+def test_startup_writes_the_seconds_of_every_command(execute, monkeypatch):
+    from scripts.lib.benchmark import startup
+
+    monkeypatch.setattr(startup, "REFERENCES", {"Python alone": ["-c", "pass"]})  # the others are slow
+    written, lines = execute("startup")
+    assert written["seconds"].keys() == written["commands"].keys()
+    assert [row[0] for row in rows(lines)] == list(written["seconds"])
+    medians = {name: result["median"] for name, result in written["seconds"].items()}
+    slowest = max(medians, key=medians.get)
+    assert slowest.startswith("first training step")
+    assert all(medians[name] < medians[slowest] / 2 for name in medians if name.endswith("--help"))
+
+
+def test_startup_says_which_training_did_not_start(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from scripts.lib.benchmark import startup
+
+    with pytest.raises(UserError, match="no first training step: python -c raise SystemExit"):
+        startup._first_step(["-c", "raise SystemExit"])
