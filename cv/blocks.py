@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from common.pairing import spread_evenly
-from common.run.errors import UserError
+from common.run.errors import UserError, user_errors
+from dskd.pairing import spread_evenly
 
 
 def paired_blocks(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
@@ -21,11 +21,12 @@ def paired_blocks(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str
             raise UserError(f"the {role} {type(network).__name__} has no stages of residual blocks")
     if len(student.stages) != len(teacher.stages):
         raise UserError(f"the student has {len(student.stages)} stages and the teacher {len(teacher.stages)}")
-    return [
-        (f"stages.{s}.{i}", f"stages.{s}.{k}")
-        for s, (ours, theirs) in enumerate(zip(student.stages, teacher.stages, strict=True))
-        for i, k in enumerate(spread_evenly(len(theirs), len(ours)))
-    ]
+    with user_errors():
+        return [
+            (f"stages.{s}.{i}", f"stages.{s}.{k}")
+            for s, (ours, theirs) in enumerate(zip(student.stages, teacher.stages, strict=True))
+            for i, k in enumerate(spread_evenly(len(theirs), len(ours)))
+        ]
 
 
 @torch.no_grad()

@@ -12,15 +12,9 @@ from yacs.config import CfgNode
 from common import ROOT
 from common.run.errors import UserError
 from common.run.yaml_files import UniqueKeyLoader
+from common.settings import SETTINGS, key_checks
 from cv.methods import METHODS, method_defaults
 
-_WITH_CURVATURE = {  # which has no choice of directions
-    "RANK": (0,),
-    "ALPHA": (-1.0,),
-    "SCORE": ("sensitivity", "random"),
-    "SPAN": ("step",),
-    "SMOOTHING": (0.0,),
-}
 _LARGEST = 3.4e38  # the largest number of float32 is just above
 
 
@@ -61,18 +55,8 @@ def defaults() -> CfgNode:
 
     cfg.DSKD = CfgNode()
     cfg.DSKD.ENABLED = False  # add the DSKD loss to the method's (bool)
-    cfg.DSKD.LAMBDA = 0.2  # weight of the DSKD loss (float)
-    cfg.DSKD.RANK = 0  # directions per matrix (int, 0: all)
-    cfg.DSKD.SVD_STEPS = 100  # optimizer steps between choices of directions (int)
-    cfg.DSKD.GRAD_STEPS = 2  # optimizer steps for which an exact gradient is held (int, 1 with DRIFT 0: every step)
-    cfg.DSKD.DRIFT = 0.0003  # hold it on while no matrix has moved by this share of its norm (float, 0: never)
-    cfg.DSKD.SMOOTHING = 0.0  # of it between close singular values, docs/method.md (float, 0: exact)
-    cfg.DSKD.BASIS = "own"  # own: each network's directions; update: the update's; curvature: docs/method.md (str)
-    cfg.DSKD.DRIVER = "gram"  # decomposition: gram (eigenvectors of W^T W), svd, or randomized for the updates (str)
-    cfg.DSKD.DIRECTION = "sensitive"  # sensitive is DSKD; plain, random, shuffled, shrink, released: controls (str)
-    cfg.DSKD.ALPHA = -1.0  # blend of gradient (0) and curvature (1) in the score (float, -1: the progress t/T)
-    cfg.DSKD.SCORE = "sensitivity"  # sensitivity, tempered, magnitude or random, see docs/method.md (str)
-    cfg.DSKD.SPAN = "step"  # the update that is decomposed: of one step, or of the interval since the last choice (str)
+    for setting in SETTINGS:  # common/settings.py explains them
+        cfg.DSKD[setting.key] = setting.cifar
     cfg.DSKD.PAIRS = []  # [student layer, teacher layer] names, "*" alike in both (list, empty: conv1, conv2 of blocks)
     cfg.DSKD.SKIP_MISMATCHED = False  # leave out pairs whose shapes differ, instead of refusing them (bool)
 
@@ -210,7 +194,7 @@ def _is_number(text: str) -> bool:
 
 
 def _validate(cfg: CfgNode, where: str) -> None:
-    solver, dskd = cfg.SOLVER, cfg.DSKD
+    solver = cfg.SOLVER
     checks = [
         ("DISTILLER.TYPE", cfg.DISTILLER.TYPE in METHODS, f"one of {', '.join(METHODS)}"),
         ("DISTILLER.START", cfg.DISTILLER.START in ("random", "teacher"), "random or teacher"),
@@ -228,44 +212,11 @@ def _validate(cfg: CfgNode, where: str) -> None:
         ("SOLVER.WEIGHT_DECAY", solver.WEIGHT_DECAY >= 0, "at least 0"),
         ("SOLVER.SEED", 0 <= solver.SEED < 2**32, "from 0 to below 2^32"),
         ("SOLVER.PRECISION", solver.PRECISION in ("fp32", "bf16", "fp16"), "fp32, bf16 or fp16"),
-        ("DSKD.LAMBDA", dskd.LAMBDA >= 0, "at least 0"),
-        ("DSKD.RANK", dskd.RANK >= 0, "0 (all directions) or a number of directions"),
-        ("DSKD.SVD_STEPS", dskd.SVD_STEPS >= 1, "at least 1"),
-        ("DSKD.GRAD_STEPS", dskd.GRAD_STEPS >= 1, "at least 1"),
-        ("DSKD.BASIS", dskd.BASIS in ("own", "update", "curvature"), "own, update or curvature"),
-        ("DSKD.DRIFT", dskd.DRIFT >= 0, "0 or a positive number"),
-        (
-            "DSKD.SMOOTHING",
-            dskd.SMOOTHING == 0 or (dskd.SMOOTHING > 0 and dskd.BASIS == "own" and dskd.DIRECTION != "released"),
-            "0 or, with BASIS own and unless DIRECTION is released, a positive number",
-        ),
-        ("DSKD.DRIVER", dskd.DRIVER in ("gram", "svd", "randomized"), "gram, svd or randomized"),
-        (
-            "DSKD.DIRECTION",
-            dskd.DIRECTION in ("sensitive", "plain", "random", "shuffled", "shrink")
-            or (dskd.DIRECTION == "released" and dskd.BASIS == "own"),
-            "sensitive, plain, random, shuffled, shrink or, with BASIS own, released",
-        ),
-        (
-            "DSKD.ALPHA",
-            dskd.ALPHA == -1 or (0 <= dskd.ALPHA <= 1 and dskd.SCORE != "magnitude"),
-            "-1 (the progress) or, unless SCORE is magnitude, a number in [0, 1]",
-        ),
-        (
-            "DSKD.SCORE",
-            dskd.SCORE in ("sensitivity", "tempered", "magnitude", "random"),
-            "sensitivity, tempered, magnitude or random",
-        ),
-        ("DSKD.SPAN", dskd.SPAN in ("step", "interval"), "step or interval"),
-        ("DSKD.PAIRS", all(_is_pair(pair) for pair in dskd.PAIRS), "a list of [student layer, teacher layer]"),
+        *key_checks(cfg.DSKD),
+        ("DSKD.PAIRS", all(_is_pair(pair) for pair in cfg.DSKD.PAIRS), "a list of [student layer, teacher layer]"),
         ("LOG.INTERVAL", cfg.LOG.INTERVAL >= 1, "at least 1"),
         ("LOG.TRACKERS", all(name in ("tensorboard", "wandb") for name in cfg.LOG.TRACKERS), "tensorboard and wandb"),
     ]
-    if dskd.BASIS == "curvature":
-        checks += [
-            (f"DSKD.{key}", dskd[key] in valid, f"{' or '.join(map(str, valid))} with BASIS curvature")
-            for key, valid in _WITH_CURVATURE.items()
-        ]
     values = leaves(cfg)
     for key, holds, expected in checks:
         if not holds:

@@ -5,17 +5,18 @@ from collections import Counter
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from common.pairing import expand_patterns, pair_weights
-from common.run.errors import UserError
-from common.svd_loss import DirectionSensitivityLoss
+from common.run.errors import UserError, user_errors
+from common.settings import of_keys
+from common.svd_loss import DirectionSensitivityLoss, build_loss
 from cv.blocks import paired_blocks
+from dskd.pairing import expand_patterns, pair_weights
 
 
 def layer_pairs(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> list[tuple[str, Tensor, Tensor]]:
     """(student layer, its weight, the teacher's weight) by `DSKD.PAIRS` or, if that is empty, block by block."""
-    return pair_weights(
-        student, teacher, layer_map(student, teacher, settings), skip_mismatched=settings.SKIP_MISMATCHED
-    )
+    names = layer_map(student, teacher, settings)
+    with user_errors():
+        return pair_weights(student, teacher, names, skip_mismatched=settings.SKIP_MISMATCHED)
 
 
 def layer_map(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> list[tuple[str, str]]:
@@ -26,7 +27,8 @@ def layer_map(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> list
     """
     if not settings.PAIRS:
         return block_map(student, teacher)
-    names = expand_patterns(student, settings.PAIRS)
+    with user_errors():
+        names = expand_patterns(student, settings.PAIRS)
     for name, times in Counter(ours for ours, _ in names).items():
         if times > 1:
             raise UserError(f"DSKD.PAIRS names the student's layer {name} {times} times; one teacher layer each")
@@ -46,19 +48,6 @@ def block_map(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
     return [(f"{ours}.{name}", f"{theirs}.{name}") for ours, theirs in blocks for name in ("conv1", "conv2")]
 
 
-def build_dskd(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> DirectionSensitivityLoss:
-    """The loss that `cfg.DSKD` describes."""
-    return DirectionSensitivityLoss(
-        layer_pairs(student, teacher, settings),
-        rank=settings.RANK,
-        svd_steps=settings.SVD_STEPS,
-        basis=settings.BASIS,
-        grad_steps=settings.GRAD_STEPS,
-        drift=settings.DRIFT,
-        smoothing=settings.SMOOTHING,
-        driver=settings.DRIVER,
-        direction=settings.DIRECTION,
-        alpha=None if settings.ALPHA == -1 else settings.ALPHA,
-        score=settings.SCORE,
-        span=settings.SPAN,
-    )
+def build_dskd(pairs: list[tuple[str, Tensor, Tensor]], settings: CfgNode, seed: int) -> DirectionSensitivityLoss:
+    """The loss that `cfg.DSKD` describes, of pairs from `layer_pairs`; `seed` is for controls that draw at random."""
+    return build_loss(pairs, of_keys(settings), seed)

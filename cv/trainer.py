@@ -3,7 +3,6 @@
 import importlib.util
 import shutil
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from yacs.config import CfgNode
 
 from common import ROOT
 from common.run.choices import ChoiceLog
-from common.run.errors import UserError
+from common.run.errors import UserError, user_errors
 from common.run.files import check_writable, write_aside
 from common.run.record import RunRecord, check_circumstances
-from common.svd_loss import DirectionSensitivityLoss
 from cv.blocks import copy_from_teacher
 from cv.config import as_dict, defaults, leaves, repository_path
 from cv.data import DataSets, EpochLoader, load_dataset
@@ -29,6 +27,7 @@ from cv.export import check_onnx_packages, export_onnx, load_model, save_model
 from cv.methods import METHODS, Distiller, build_distiller
 from cv.models import build_model
 from cv.teachers import find_teacher, load_teacher
+from dskd.groups import Pairs
 
 EVALUATION_BATCH = 500
 CHECKPOINT = "checkpoint.pt"
@@ -73,7 +72,7 @@ def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dic
         held_out=cfg.DATASET.HELD_OUT,
     )
     set_seed(solver.SEED)
-    distiller, dskd, teacher_sha256 = _build(cfg, data, accelerator)
+    distiller, pairs, teacher_sha256 = _build(cfg, data, accelerator)
     if overwrite and teacher_sha256 is not None:
         _check_teacher_stays(find_teacher(cfg), folder)
     accelerator.wait_for_everyone()
@@ -81,7 +80,7 @@ def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dic
         for name in _WRITTEN:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    run = _Run(cfg, folder, accelerator, data, distiller, dskd, teacher_sha256)
+    run = _Run(cfg, folder, accelerator, data, distiller, pairs, teacher_sha256)
     return run.train(resume)
 
 
@@ -140,12 +139,13 @@ class _Run:
         accelerator: Accelerator,
         data: DataSets,
         distiller: Distiller,
-        dskd: DirectionSensitivityLoss | None,
+        pairs: Pairs,
         teacher_sha256: str | None,
     ):
         self.cfg, self.folder, self.accelerator, self.data = cfg, folder, accelerator, data
-        self.distiller, self.dskd, self.teacher_sha256 = distiller, dskd, teacher_sha256
+        self.distiller, self.pairs, self.teacher_sha256 = distiller, pairs, teacher_sha256
         solver = cfg.SOLVER
+        self.dskd = build_dskd(pairs, cfg.DSKD, solver.SEED) if cfg.DSKD.ENABLED else None
         common = {
             "mean": data.mean,
             "std": data.std,
@@ -174,6 +174,8 @@ class _Run:
         self.model, self.optimizer = accelerator.prepare(distiller, optimizer)
         self.progress = _Progress()
         self.total_steps = solver.EPOCHS * len(self.loader)
+        if self.dskd is not None:
+            self.dskd.attach(self.optimizer, self.total_steps)
 
     def _images_of_last_batch(self) -> int:
         ranks = self.accelerator.num_processes
@@ -189,8 +191,7 @@ class _Run:
         self.record = RunRecord(self.folder, as_dict(cfg), resume_step) if main else None
         self.directions = None
         if main and self.dskd is not None:
-            pairs = layer_pairs(self.distiller.student, self.distiller.teacher, cfg.DSKD)
-            self.directions = ChoiceLog(self.folder, self.dskd, pairs, resume_step)
+            self.directions = ChoiceLog(self.folder, self.dskd, self.pairs, resume_step)
         self.accelerator.init_trackers("run")
         bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=not (main and cfg.LOG.PROGRESS))
         start = time.perf_counter() - progress.wall_seconds
@@ -268,9 +269,7 @@ class _Run:
             loss = loss + self.cfg.DSKD.LAMBDA * alignment
             parts["dskd_loss"] = alignment.detach()
         self.accelerator.backward(loss)
-        progress = self.progress.step / self.total_steps
-        with self.dskd.observe(progress) if self.dskd is not None else nullcontext():
-            self.optimizer.step()
+        self.optimizer.step()
         return {"loss": loss.detach(), **parts}, (logits.detach().argmax(1) == labels).sum()
 
     def _log(self, **values: float) -> None:
@@ -338,7 +337,8 @@ class _Run:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.dskd is not None:
-            self.dskd.load_state_dict(state["dskd"])
+            with user_errors():
+                self.dskd.load_state_dict(state["dskd"])
         self.progress = _Progress(**state["progress"])
         if self.progress.epoch > self.cfg.SOLVER.EPOCHS:
             raise UserError(
@@ -408,10 +408,8 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _build(
-    cfg: CfgNode, data: DataSets, accelerator: Accelerator
-) -> tuple[Distiller, DirectionSensitivityLoss | None, str | None]:
-    """The method with its networks on the device, DSKD, and the teacher's hash; prints what distils what."""
+def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Distiller, Pairs, str | None]:
+    """The method with its networks on the device, DSKD's pairs, the teacher's hash; prints what distils what."""
     classes, channels = data.train.num_classes, data.train.images.shape[1]
     student = build_model(cfg.DISTILLER.STUDENT, classes, channels)
     _check_images(cfg, student, tuple(data.train.images.shape[1:]))
@@ -434,13 +432,13 @@ def _build(
     ).to(accelerator.device)
     if cfg.SOLVER.CHANNELS_LAST:
         distiller.to(memory_format=torch.channels_last)
-    dskd = build_dskd(student, teacher, cfg.DSKD) if cfg.DSKD.ENABLED else None
+    pairs = layer_pairs(student, teacher, cfg.DSKD) if cfg.DSKD.ENABLED else []
     if cfg.SOLVER.COMPILE:
         for network in filter(None, (student, teacher)):
             network.features = torch.compile(network.features)
     if accelerator.is_main_process:
-        _announce(cfg, data, distiller, source)
-    return distiller, dskd, teacher_sha256
+        _announce(cfg, data, distiller, pairs, source)
+    return distiller, pairs, teacher_sha256
 
 
 @torch.no_grad()
@@ -459,7 +457,7 @@ def _tested_on(cfg: CfgNode) -> str:
     return "held-out training images" if cfg.DATASET.HELD_OUT else "test images"
 
 
-def _announce(cfg: CfgNode, data: DataSets, distiller: Distiller, source: str | None) -> None:
+def _announce(cfg: CfgNode, data: DataSets, distiller: Distiller, pairs: Pairs, source: str | None) -> None:
     teacher = f" from {source}" if source else ""
     teacher += ", started as a copy of its blocks" if cfg.DISTILLER.START == "teacher" else ""
     print(
@@ -469,7 +467,7 @@ def _announce(cfg: CfgNode, data: DataSets, distiller: Distiller, source: str | 
     )
     if cfg.DSKD.ENABLED:
         names = layer_map(distiller.student, distiller.teacher, cfg.DSKD)
-        kept = {name for name, _, _ in layer_pairs(distiller.student, distiller.teacher, cfg.DSKD)}
+        kept = {name for name, _, _ in pairs}
         rows = "\n".join(
             f"  {ours} <- {theirs}" + ("" if ours in kept else " (left out: shapes differ)") for ours, theirs in names
         )

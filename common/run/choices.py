@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.run.step_log import StepLog
-from common.svd_loss import DirectionSensitivityLoss
+from dskd import DirectionSensitivityLoss
 
 _CURVATURE_STEPS = 20  # a mean over about 20 gradients changes no faster, and to see it takes a decomposition
 
@@ -47,7 +47,7 @@ class ChoiceLog:
         if self._dskd.choices == self._choices:
             return
         self._choices = self._dskd.choices
-        if self._dskd.basis == "curvature" and not self._first_of_some(step):
+        if self._dskd.reading.gradual and not self._first_of_some(step):
             return
         spectra = self._dskd.update_spectra()
         weights = {

@@ -4,7 +4,9 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -18,11 +20,30 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What the method (dskd) refuses of the user's settings or networks, as a `UserError`."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+
+def _one_line(message: Warning | str, category: type[Warning], *where) -> str:
+    if str(message).startswith("DSKD: "):
+        return f"warning: {message}\n"
+    return _formatwarning(message, category, *where)
+
+
+_formatwarning = warnings.formatwarning
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run a command-line entry point; a `UserError` becomes `error: ...` on stderr and exit code 2.
 
-    So does a path that is too long for the system.
+    So does a path that is too long for the system. Warnings of the method are one line, too.
     """
+    warnings.formatwarning = _one_line
     try:
         main()
     except UserError as error:

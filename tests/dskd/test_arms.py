@@ -7,11 +7,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from losses import make_loss
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from common.released import released_gradient
-from common.svd_loss import DirectionSensitivityLoss
+from dskd.controls import released_gradient
 
 SHAPES = {"square": (5, 5), "wide": (4, 7), "tall": (7, 4), "conv": (4, 2, 3, 3)}
 RANK = 3
@@ -34,7 +34,7 @@ class Run:
         self.students = {name: nn.Parameter(draw(*shape, seed=i)) for i, (name, shape) in enumerate(shapes.items())}
         self.teachers = {name: draw(*shape, seed=50 + i) for i, (name, shape) in enumerate(shapes.items())}
         pairs = [(name, W, self.teachers[name]) for name, W in self.students.items()]
-        self.dskd = DirectionSensitivityLoss(pairs, **{"rank": RANK, "svd_steps": 1} | settings)
+        self.dskd = make_loss(pairs, **{"rank": RANK, "svd_steps": 1} | settings)
         self.step = 0
 
     def train(self, steps: int = 1, *, progress: float = 0.4, skip=(), spoil: str = "") -> None:
@@ -374,7 +374,7 @@ def test_a_resumed_run_repeats_the_draws_whatever_the_seed_of_its_process(settin
 # Refusals
 def test_a_weight_of_one_dimension_is_refused():
     with pytest.raises(ValueError, match=r"pair bias: \(5,\) is no matrix"):
-        DirectionSensitivityLoss([("bias", nn.Parameter(torch.ones(5)), torch.zeros(5))])
+        make_loss([("bias", nn.Parameter(torch.ones(5)), torch.zeros(5))])
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losses import make_loss
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from common.alignment import curvature_alignment
-from common.sensitivity import add_curvature
-from common.svd_loss import DirectionSensitivityLoss
+from dskd.sensitivity import add_curvature
 
 SHAPES = {"square": (5, 5), "wide": (4, 7), "tall": (7, 4), "conv": (4, 2, 3, 3)}
 every_shape = pytest.mark.parametrize("shape", [(5, 5), (4, 7), (7, 4)])
@@ -41,7 +41,7 @@ class Run:
         self.students = {name: nn.Parameter(draw(*shape, seed=i)) for i, (name, shape) in enumerate(SHAPES.items())}
         self.teachers = {name: draw(*shape, seed=50 + i) for i, (name, shape) in enumerate(SHAPES.items())}
         pairs = [(name, W, self.teachers[name]) for name, W in self.students.items()]
-        self.dskd = DirectionSensitivityLoss(pairs, basis="curvature", **{"rank": 0, "svd_steps": 1} | settings)
+        self.dskd = make_loss(pairs, basis="curvature", **{"rank": 0, "svd_steps": 1} | settings)
         self.seen: dict[str, list[Tensor]] = {name: [] for name in SHAPES}
 
     def train(self, steps: int = 1, *, skip=(), spoil: str = "", still: str = "") -> None:

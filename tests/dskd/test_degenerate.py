@@ -6,15 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losses import make_loss
 from torch import Tensor, nn
 
-from common.matrices import DRIVERS
 from common.svd_loss import (
-    DirectionSensitivityLoss,
     direction_sensitivity,
     low_rank_alignment,
     select_directions,
 )
+from dskd.matrices import DRIVERS
 
 SHAPES = [(1, 1), (1, 6), (6, 1), (2, 2), (3, 7), (7, 3), (5, 5)]
 KINDS = ["zero", "one_entry", "constant", "rank_one", "identity", "repeated", "nearly_repeated", "graded", "full"]
@@ -105,9 +105,7 @@ def test_three_steps_of_the_whole_loss(basis, grad_steps, tensors, rank, driver)
     start, teacher, update, grad = tensors
     rank = 0 if basis == "curvature" else rank  # it takes all
     student = nn.Parameter(start)
-    dskd = DirectionSensitivityLoss(
-        [("layer", student, teacher)], rank, 1, basis=basis, grad_steps=grad_steps, driver=driver
-    )
+    dskd = make_loss([("layer", student, teacher)], rank, 1, basis=basis, grad_steps=grad_steps, driver=driver)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for progress in (0.0, 0.5, 1.0):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from common.matrices import DRIVERS, as_matrix, inner_product, right_singular
 from common.svd_loss import (
     direction_sensitivity,
     low_rank_alignment,
@@ -14,6 +13,7 @@ from common.svd_loss import (
     selected_count,
     update_alignment,
 )
+from dskd.matrices import DRIVERS, as_matrix, inner_product, right_singular
 
 SHAPES = {"square": (6, 6), "wide": (4, 9), "tall": (9, 4)}
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

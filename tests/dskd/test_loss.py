@@ -14,12 +14,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from losses import make_loss
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.matrices import DRIVERS
-from common.svd_loss import BASES, DirectionSensitivityLoss
+from dskd.matrices import DRIVERS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "svd_loss.json"
 SHAPES = {"square": (5, 5), "wide": (4, 7), "tall": (7, 4), "conv": (4, 2, 3, 3)}
@@ -50,7 +50,7 @@ class Run:
         self.noise = {name: draw((64, *shape)) for name, shape in shapes.items()}
         self.optimizer = torch.optim.SGD(self.students.values(), lr=lr, momentum=0.9)
         pairs = [(name, student, self.teachers[name]) for name, student in self.students.items()]
-        self.dskd = DirectionSensitivityLoss(pairs, **settings)
+        self.dskd = make_loss(pairs, **settings)
         self.step = 0
 
     def task_loss(self) -> Tensor:
@@ -236,7 +236,7 @@ def test_both_bases_agree_where_the_update_has_the_weights_own_directions():
     losses, gradients, student_sigma, teacher_sigma = {}, {}, (8.4, 6.3, 4.2, 2.1), (9.0, 5.0, 4.0, 3.0)
     for basis in SINGULAR_BASES:
         weight = nn.Parameter(along(8.0, 6.0, 4.0, 2.0))
-        dskd = DirectionSensitivityLoss([("layer", weight, along(*teacher_sigma))], rank=3, svd_steps=1, basis=basis)
+        dskd = make_loss([("layer", weight, along(*teacher_sigma))], rank=3, svd_steps=1, basis=basis)
         weight.grad = grad
         with dskd.observe(progress=0.5), torch.no_grad():
             weight.add_(along(0.4, 0.3, 0.2, 0.1))
@@ -339,7 +339,7 @@ def test_a_weight_in_two_pairs_gets_both_gradients():
     run = Run(shapes={"a": (5, 4), "b": (5, 4)}, rank=2)
     weight = run.students["a"]
     pairs = [("a", weight, run.teachers["a"]), ("b", weight, run.teachers["b"])]
-    (actual,) = torch.autograd.grad(DirectionSensitivityLoss(pairs, rank=2)(), weight)
+    (actual,) = torch.autograd.grad(make_loss(pairs, rank=2)(), weight)
     w = oracle.first_weights(4, 2)
     expected = sum(oracle.own_gradient(weight, teacher, w) for teacher in run.teachers.values()) / 2
     assert_close(actual, torch.from_numpy(expected), rtol=1e-6, atol=1e-6)
@@ -641,7 +641,7 @@ def test_student_and_teacher_may_differ_in_precision(basis, of_student, of_teach
     for dtype in (of_student, of_teacher):
         students = {name: nn.Parameter(weight.detach().float().to(of_student)) for name, weight in run.students.items()}
         pairs = [(name, weight, same[name].to(dtype)) for name, weight in students.items()]
-        losses.append(DirectionSensitivityLoss(pairs, rank=rank_of(basis), basis=basis)())
+        losses.append(make_loss(pairs, rank=rank_of(basis), basis=basis)())
     assert losses[0].dtype == of_student
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
 
@@ -652,7 +652,7 @@ def test_bf16_weights_are_worked_on_in_float32(basis):
     single = Run(dtype=torch.bfloat16, rank=rank_of(basis), basis=basis)
     students = {name: nn.Parameter(weight.detach().float()) for name, weight in single.students.items()}
     pairs = [(name, weight, single.teachers[name].float()) for name, weight in students.items()]
-    single.students, single.dskd = students, DirectionSensitivityLoss(pairs, rank=rank_of(basis), basis=basis)
+    single.students, single.dskd = students, make_loss(pairs, rank=rank_of(basis), basis=basis)
     assert half.dskd().dtype == torch.float32
     assert torch.equal(half.dskd(), single.dskd())
     rounded = {name: value.bfloat16() for name, value in single.gradients().items()}
@@ -668,7 +668,7 @@ def test_float32_runs_are_close_to_float64(basis):
         for tensors in (double.teachers, double.targets, double.noise):
             tensors[name] = tensors[name].double()
     pairs = [(name, weight, double.teachers[name]) for name, weight in double.students.items()]
-    double.dskd = DirectionSensitivityLoss(pairs, **settings)
+    double.dskd = make_loss(pairs, **settings)
     np.testing.assert_allclose(single.train(10), double.train(10), rtol=1e-3)
 
 
@@ -699,7 +699,7 @@ def test_convolution_weights_are_their_flattened_matrices(basis):
     matrix.students = {name: nn.Parameter(weight.detach().flatten(1)) for name, weight in matrix.students.items()}
     matrix.optimizer = torch.optim.SGD(matrix.students.values(), lr=0.02, momentum=0.9)
     pairs = [(name, weight, matrix.teachers[name]) for name, weight in matrix.students.items()]
-    matrix.dskd = DirectionSensitivityLoss(pairs, rank=rank_of(basis), svd_steps=4, grad_steps=2, basis=basis)
+    matrix.dskd = make_loss(pairs, rank=rank_of(basis), svd_steps=4, grad_steps=2, basis=basis)
     assert conv.train(10) == pytest.approx(matrix.train(10), rel=1e-9)
     for name, value in conv.gradients().items():
         assert_close(value.flatten(1), matrix.gradients()[name])
@@ -718,8 +718,8 @@ def test_channels_last_weights_give_the_same_losses_and_gradients(basis):
 def test_a_weight_that_is_a_slice_gives_the_same_loss():
     whole = torch.randn(6, 5, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     teacher = torch.zeros(6, 3, 3, 3, dtype=torch.float64)
-    sliced = DirectionSensitivityLoss([("a", nn.Parameter(whole[:, 1:4]), teacher)], rank=2)
-    copied = DirectionSensitivityLoss([("a", nn.Parameter(whole[:, 1:4].clone()), teacher)], rank=2)
+    sliced = make_loss([("a", nn.Parameter(whole[:, 1:4]), teacher)], rank=2)
+    copied = make_loss([("a", nn.Parameter(whole[:, 1:4].clone()), teacher)], rank=2)
     for dskd in (sliced, copied):
         dskd()
         with torch.no_grad():
@@ -753,7 +753,7 @@ def on_meta(**settings) -> DirectionSensitivityLoss:
     for weight in weights:
         weight.grad = torch.empty_like(weight)
     pairs = [(name, weight, torch.empty_like(weight)) for name, weight in zip(SHAPES, weights, strict=True)]
-    return DirectionSensitivityLoss(pairs, rank=rank_of(settings.get("basis")), **settings)
+    return make_loss(pairs, rank=rank_of(settings.get("basis")), **settings)
 
 
 def observed_step(dskd: DirectionSensitivityLoss) -> None:
@@ -838,23 +838,23 @@ def test_a_bad_setting_is_refused(settings, message):
 
 def test_no_pairs_are_refused():
     with pytest.raises(ValueError, match="at least one pair"):
-        DirectionSensitivityLoss([])
+        make_loss([])
 
 
 def test_a_repeated_name_is_refused():
     weight = nn.Parameter(torch.ones(2, 2))
     with pytest.raises(ValueError, match=r"'layer\.0'"):
-        DirectionSensitivityLoss([("layer.0", weight, weight), ("layer.0", weight, weight)])
+        make_loss([("layer.0", weight, weight), ("layer.0", weight, weight)])
 
 
 def test_shapes_that_differ_are_refused_by_name():
     with pytest.raises(ValueError, match=r"layer\.1.*\(2, 3\).*\(3, 2\)"):
-        DirectionSensitivityLoss([("layer.1", nn.Parameter(torch.ones(2, 3)), torch.ones(3, 2))])
+        make_loss([("layer.1", nn.Parameter(torch.ones(2, 3)), torch.ones(3, 2))])
 
 
 def test_a_vector_is_refused():
     with pytest.raises(ValueError, match="bias"):
-        DirectionSensitivityLoss([("bias", nn.Parameter(torch.ones(3)), torch.ones(3))])
+        make_loss([("bias", nn.Parameter(torch.ones(3)), torch.ones(3))])
 
 
 @pytest.mark.parametrize("progress", [-0.1, 1.1, float("nan")])

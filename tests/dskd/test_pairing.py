@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.pairing import expand_patterns, last_of_group, linear_names, pair_weights, spread_evenly
-from common.run.errors import UserError
+from dskd.pairing import expand_patterns, last_of_group, linear_names, pair_weights, spread_evenly
 
 
 def network(**widths: tuple[int, int]) -> nn.ModuleDict:
@@ -25,7 +24,7 @@ def test_other_ratios_pair_with_the_last_layer_of_every_group(teacher, student, 
 
 @pytest.mark.parametrize("student", [0, 5, 8, 24])
 def test_layers_that_do_not_divide_are_refused_with_those_that_do(student):
-    with pytest.raises(UserError, match=r"possible are 1, 2, 3, 4, 6, 12"):
+    with pytest.raises(ValueError, match=r"possible are 1, 2, 3, 4, 6, 12"):
         last_of_group(12, student)
 
 
@@ -44,7 +43,7 @@ def test_blocks_spread_evenly_over_a_stage(teacher, student, pairs):
 
 @pytest.mark.parametrize("student", [0, 4])
 def test_a_stage_with_more_student_than_teacher_blocks_is_refused(student):
-    with pytest.raises(UserError, match=f"3 teacher blocks .* {student} student blocks"):
+    with pytest.raises(ValueError, match=f"3 teacher blocks .* {student} student blocks"):
         spread_evenly(3, student)
 
 
@@ -57,7 +56,7 @@ def test_pairs_hold_the_very_weights_of_the_named_layers():
 
 
 def test_a_shape_mismatch_names_both_layers_and_both_shapes():
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ValueError) as caught:
         pair_weights(network(a=(3, 2)), network(b=(5, 4)), [("a", "b")])
     assert all(part in str(caught.value) for part in ("student a (2, 3)", "teacher b (4, 5)"))
 
@@ -69,13 +68,13 @@ def test_mismatched_pairs_are_left_out_on_request():
 
 
 def test_leaving_out_all_pairs_is_refused():
-    with pytest.raises(UserError, match="no layer pair of equal shapes"):
+    with pytest.raises(ValueError, match="no layer pair of equal shapes"):
         pair_weights(network(a=(3, 2)), network(b=(5, 4)), [("a", "b")], skip_mismatched=True)
 
 
 @pytest.mark.parametrize(("names", "role"), [(("x", "b"), "student"), (("a", "x"), "teacher")])
 def test_a_layer_that_is_not_there_is_named_with_its_network(names, role):
-    with pytest.raises(UserError, match=f"{role} has no layer 'x'"):
+    with pytest.raises(ValueError, match=f"{role} has no layer 'x'"):
         pair_weights(network(a=(3, 2)), network(b=(3, 2)), [names])
 
 
@@ -87,7 +86,7 @@ def test_braces_in_a_pattern_are_letters_like_any_other(pattern):
 
 def test_a_layer_without_a_matrix_is_refused():
     student = nn.ModuleDict({"norm": nn.LayerNorm(4)})
-    with pytest.raises(UserError, match="'norm' with a weight matrix"):
+    with pytest.raises(ValueError, match="'norm' with a weight matrix"):
         pair_weights(student, student, [("norm", "norm")])
 
 

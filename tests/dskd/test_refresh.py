@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from losses import make_loss
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from common import groups
-from common.matrices import right_singular
-from common.svd_loss import DirectionSensitivityLoss, direction_sensitivity, select_directions
+from common.svd_loss import direction_sensitivity, select_directions
+from dskd import groups
+from dskd.matrices import right_singular
 
 every_singular_basis = pytest.mark.parametrize("basis", ["own", "update"])
 
@@ -19,7 +20,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def loss_of(shapes: list[tuple], **settings) -> tuple[DirectionSensitivityLoss, list[nn.Parameter]]:
     students = [nn.Parameter(random(*shape, seed=i)) for i, shape in enumerate(shapes)]
     pairs = [(str(i), W, random(*W.shape, seed=100 + i)) for i, W in enumerate(students)]
-    return DirectionSensitivityLoss(pairs, **{"rank": 3} | settings), students
+    return make_loss(pairs, **{"rank": 3} | settings), students
 
 
 def move(dskd: DirectionSensitivityLoss, students: list[nn.Parameter], share: float) -> None:
@@ -163,7 +164,7 @@ def test_a_run_with_the_randomized_driver_stays_close_to_the_exact_one(basis):
     losses = {}
     for driver in ("svd", "randomized"):
         W = nn.Parameter(falling(150, 120, 0.05))
-        dskd = DirectionSensitivityLoss([("W", W, random(150, 120))], 8, 2, basis=basis, driver=driver)
+        dskd = make_loss([("W", W, random(150, 120))], 8, 2, basis=basis, driver=driver)
         losses[driver] = []
         for step in range(6):
             loss = dskd()
@@ -192,7 +193,7 @@ def smoothed_gradient(student: Tensor, teacher: Tensor, w: Tensor, smoothing: fl
 @pytest.mark.parametrize("smoothing", [0.0, 0.05])
 def test_a_smoothed_gradient_follows_its_formula(rank, smoothing):
     W, teacher = nn.Parameter(random(11, 8)), random(11, 8, seed=1)
-    dskd = DirectionSensitivityLoss([("W", W, teacher)], rank, 1, smoothing=smoothing, driver="svd")
+    dskd = make_loss([("W", W, teacher)], rank, 1, smoothing=smoothing, driver="svd")
     (W * random(11, 8, seed=2)).sum().backward()
     with dskd.observe(progress=0.3), torch.no_grad():
         W -= 0.1 * W.grad
@@ -211,7 +212,7 @@ def test_smoothing_tames_close_singular_values():
     W = nn.Parameter(U @ torch.diag(torch.tensor([5, 3, 2 + 1e-6, 2, 1, 0.5], dtype=torch.float64)) @ V.mT)
     norms = {}
     for smoothing in (0.0, 0.01):
-        dskd = DirectionSensitivityLoss([("W", W, random(9, 6, seed=3))], 3, smoothing=smoothing)
+        dskd = make_loss([("W", W, random(9, 6, seed=3))], 3, smoothing=smoothing)
         norms[smoothing] = torch.autograd.grad(dskd(), W)[0].norm().item()
     assert norms[0.0] > 1e3 * norms[0.01]
 
@@ -235,7 +236,7 @@ def test_an_optimizer_that_leaves_the_gradient_alone_needs_no_copy_of_it():
 def test_an_optimizer_that_changes_the_gradient_delays_the_first_choice_by_a_step():
     W = nn.Parameter(random(9, 6))
     optimizer = torch.optim.SGD([W], lr=0.1, momentum=0.9, nesterov=True, foreach=True)
-    dskd = DirectionSensitivityLoss([("W", W, random(9, 6, seed=1))], 3, svd_steps=4)
+    dskd = make_loss([("W", W, random(9, 6, seed=1))], 3, svd_steps=4)
     chosen = []
     for step in range(12):
         optimizer.zero_grad()

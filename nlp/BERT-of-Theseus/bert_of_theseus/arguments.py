@@ -1,13 +1,13 @@
 """The command line: every flag, grouped and explained; wrong or contradictory ones are refused. Imports no torch."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from bert_of_theseus.tasks import get_task
 from common.run.errors import Parser, UserError
+from common.run.numbers import Number
+from common.settings import SETTINGS, add_flags, check_flags, resolve_flags
 
-DSKD_SETTINGS = ("lambda_size", "rank_size", "svd_steps", "grad_steps", "drift", "smoothing", "basis", "svd_driver")
-DSKD_SETTINGS += ("direction", "alpha", "score", "span")
 _ONLY_WITH_THESEUS = ("replacing_rate", "scheduler_type", "scheduler_linear_k", "steps_for_replacing")
 _ONLY_WITH_KD = ("kd_alpha", "kd_temperature")
 _ONLY_WITH_PREDECESSOR = ("predecessor_num_train_epochs", "predecessor_learning_rate")
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     text = parser.add_argument_group("text")
     text.add_argument("--do_lower_case", action="store_true", help="lower-case all text (default: as the model's own)")
-    text.add_argument("--max_seq_length", type=_at_least(int, 3), default=128, help="tokens per example at most")
+    text.add_argument("--max_seq_length", type=Number(int, 3), default=128, help="tokens per example at most")
     text.add_argument(
         "--pad_to_max_length",
         action="store_true",
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     method.add_argument(
         "--num_successor_layers",
-        type=_at_least(int, 1),
+        type=Number(int, 1),
         help="layers of the student (default: half of the model's; all of them for finetune)",
     )
     method.add_argument(
@@ -89,10 +89,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--replacing_rate", type=_probability, default=0.3, help="probability of replacing at the start"
     )
     method.add_argument("--scheduler_type", choices=("constant", "linear"), default="linear", help="its schedule")
-    method.add_argument("--scheduler_linear_k", type=_at_least(float, 0), default=0.0003, help="its growth per step")
+    method.add_argument("--scheduler_linear_k", type=Number(float, 0), default=0.0003, help="its growth per step")
     method.add_argument(
         "--steps_for_replacing",
-        type=_at_least(int, 0),
+        type=Number(int, 0),
         default=0,
         help="with --scheduler_type constant: steps after which all modules are replaced (0: never)",
     )
@@ -116,85 +116,22 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="true|false",
         help="add the DSKD loss (bare, or with true or false)",
     )
-    dskd.add_argument("--lambda_size", type=_at_least(float, 0), default=0.1, help="weight of the DSKD loss")
-    dskd.add_argument("--rank_size", type=_at_least(int, 0), default=32, help="directions per matrix (0: all)")
-    dskd.add_argument("--svd_steps", type=_at_least(int, 1), default=100, help="steps between choices of directions")
-    dskd.add_argument(
-        "--grad_steps",
-        type=_at_least(int, 1),
-        help="steps for which a gradient of the DSKD loss is held (default: SVD_STEPS; 1, with --smoothing 0: exact in "
-        "every step)",
-    )
-    dskd.add_argument(
-        "--basis",
-        choices=("own", "update", "curvature"),
-        default="own",
-        help="whose directions are taken: own, each network's singular ones; update, those of the update; curvature, "
-        "the eigenvectors of mean products of gradients, which has no rank, driver, alpha, span and smoothing",
-    )
-    dskd.add_argument(
-        "--drift",
-        type=_at_least(float, 0),
-        default=0.0,
-        help="after GRAD_STEPS steps, fewer than SVD_STEPS, hold the gradient on while no matrix moved by more than "
-        "this share of its norm",
-    )
-    dskd.add_argument(
-        "--smoothing",
-        type=_at_least(float, 0),
-        default=0.03,
-        help="of the gradient between close singular values (docs/method.md; 0: exact)",
-    )
-    dskd.add_argument(
-        "--svd_driver",
-        choices=("gram", "svd", "randomized"),
-        default="randomized",
-        help="decomposition at a refresh; randomized: of the updates, all else as gram",
-    )
-    dskd.add_argument(
-        "--direction",
-        choices=("sensitive", "plain", "random", "shuffled", "shrink", "released"),
-        default="sensitive",
-        help="sensitive is DSKD; plain (W_s - W_t) and random are control arms with a gradient of the same norm; "
-        "shuffled is DSKD towards the teacher's matrices with rows and columns shuffled, shrink DSKD towards zeros, "
-        "without a teacher; released is the truncated gradient of the authors' release",
-    )
-    dskd.add_argument(
-        "--alpha",
-        type=_blend,
-        help="blend of gradient (0) and curvature (1) in the score of a direction, the same in all steps (default: "
-        "the progress, from 0 to 1)",
-    )
-    dskd.add_argument(
-        "--score",
-        choices=("sensitivity", "tempered", "magnitude", "random"),
-        default="sensitivity",
-        help="what directions are chosen by: sensitivity; tempered, with the root of its curvature; magnitude, their "
-        "singular value; random, the sensitivities dealt out at random",
-    )
-    dskd.add_argument(
-        "--span",
-        choices=("step", "interval"),
-        default="step",
-        help="the update that is decomposed: of one step, or of the interval since the last choice of directions",
-    )
+    add_flags(dskd)
 
     train = parser.add_argument_group("training")
     train.add_argument("--learning_rate", type=_positive, default=5e-5, help="peak learning rate of AdamW")
     train.add_argument("--num_train_epochs", type=_positive, default=3.0, help="passes over the training set")
-    train.add_argument("--max_steps", type=_at_least(int, 1), help="stop after so many optimizer steps instead")
+    train.add_argument("--max_steps", type=Number(int, 1), help="stop after so many optimizer steps instead")
+    train.add_argument("--max_train_samples", type=Number(int, 1), help="train on so many examples only, drawn by SEED")
+    train.add_argument("--per_gpu_train_batch_size", type=Number(int, 1), default=32, help="examples per device")
+    train.add_argument("--per_gpu_eval_batch_size", type=Number(int, 1), default=32, help="examples per device")
     train.add_argument(
-        "--max_train_samples", type=_at_least(int, 1), help="train on so many examples only, drawn by SEED"
+        "--gradient_accumulation_steps", type=Number(int, 1), default=1, help="batches per optimizer step"
     )
-    train.add_argument("--per_gpu_train_batch_size", type=_at_least(int, 1), default=32, help="examples per device")
-    train.add_argument("--per_gpu_eval_batch_size", type=_at_least(int, 1), default=32, help="examples per device")
-    train.add_argument(
-        "--gradient_accumulation_steps", type=_at_least(int, 1), default=1, help="batches per optimizer step"
-    )
-    train.add_argument("--weight_decay", type=_at_least(float, 0), default=0.0, help="AdamW's, not on biases and norms")
+    train.add_argument("--weight_decay", type=Number(float, 0), default=0.0, help="AdamW's, not on biases and norms")
     train.add_argument("--adam_epsilon", type=_positive, default=1e-8, help="AdamW's epsilon")
-    train.add_argument("--max_grad_norm", type=_at_least(float, 0), default=1.0, help="clipping (0: none)")
-    train.add_argument("--warmup_steps", type=_at_least(int, 0), default=0, help="steps of linear warm-up")
+    train.add_argument("--max_grad_norm", type=Number(float, 0), default=1.0, help="clipping (0: none)")
+    train.add_argument("--warmup_steps", type=Number(int, 0), default=0, help="steps of linear warm-up")
     train.add_argument("--seed", type=_seed, default=42, help="seed of everything random")
     train.add_argument("--fp16", action="store_true", help="float16 mixed precision with loss scaling (needs a GPU)")
     train.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
@@ -202,10 +139,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     report = parser.add_argument_group("evaluation, checkpoints and logs")
     report.add_argument("--evaluate_during_training", action="store_true", help="evaluate every EVAL_STEPS steps, too")
-    report.add_argument("--eval_steps", type=_at_least(int, 1), help="default: SAVE_STEPS")
-    report.add_argument("--save_steps", type=_at_least(int, 1), default=500, help="steps between checkpoints")
-    report.add_argument("--save_total_limit", type=_at_least(int, 1), default=2, help="checkpoints to keep")
-    report.add_argument("--logging_steps", type=_at_least(int, 1), default=10, help="steps between log lines")
+    report.add_argument("--eval_steps", type=Number(int, 1), help="default: SAVE_STEPS")
+    report.add_argument("--save_steps", type=Number(int, 1), default=500, help="steps between checkpoints")
+    report.add_argument("--save_total_limit", type=Number(int, 1), default=2, help="checkpoints to keep")
+    report.add_argument("--logging_steps", type=Number(int, 1), default=10, help="steps between log lines")
     report.add_argument(
         "--selection_split",
         type=_fraction,
@@ -260,20 +197,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if not (args.do_eval or args.do_predict):
         refuse(("per_gpu_eval_batch_size",), "needs --do_eval or --do_predict")
     if not args.if_svd:
-        refuse(DSKD_SETTINGS, "needs --ifsvd")
-    if args.score == "magnitude":
-        refuse(("alpha",), "has no effect with --score magnitude")
-    if args.basis == "update":
-        refuse(("smoothing",), "has no effect with --basis update")
-    if args.basis == "curvature":
-        refuse(("rank_size", "svd_driver", "alpha", "span", "smoothing"), "has no effect with --basis curvature")
-        if args.score not in ("sensitivity", "random"):
-            raise UserError(f"--score {args.score} needs --basis own or update")
-        args.rank_size, args.smoothing = 0, 0.0  # all directions, without a decomposition
-    if args.direction == "released":
-        refuse(("smoothing",), "has no effect with --direction released")
-    if args.direction == "released" and args.basis != "own":
-        raise UserError("--direction released needs --basis own")
+        refuse([setting.dest for setting in SETTINGS], "needs --ifsvd")
+    check_flags(args, given)
     if args.method != "theseus":
         refuse(_ONLY_WITH_THESEUS, f"has no effect with --method {args.method}")
     if args.method not in ("kd", "pkd"):
@@ -305,32 +230,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         refuse(("selection_split",), "needs --evaluate_during_training: without it there is one model to choose from")
     if args.evaluate_during_training and not args.do_eval:
         raise UserError("--evaluate_during_training needs --do_eval")
-    args.grad_steps = args.grad_steps or args.svd_steps
     args.eval_steps = args.eval_steps or args.save_steps
-    if args.drift > 0 and args.grad_steps >= args.svd_steps:
-        raise UserError(
-            f"--drift has no effect unless --grad_steps is less than --svd_steps ({args.svd_steps}): directions are "
-            "chosen anew before a gradient could be held on"
-        )
+    resolve_flags(args)
     return args
 
 
-def _at_least(kind: type, lowest: float) -> Callable[[str], float]:
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not lowest <= value < float("inf"):
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} of at least {lowest}")
-        return value
-
-    return parse
-
-
 def _seed(text: str) -> int:
-    value = _at_least(int, 0)(text)
+    value = Number(int, 0)(text)
     if value >= 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a seed below 2^32")
     return value
@@ -357,13 +263,6 @@ def _probability(text: str) -> float:
 
 def _fraction(text: str) -> float:
     return _number_between(0, 1, with_highest=False, text=text)
-
-
-def _blend(text: str) -> float:
-    value = _at_least(float, 0)(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
 
 
 def _boolean(text: str) -> bool:

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bert_of_theseus.modeling import encoder_layers
-from common.pairing import last_of_group
+from bert_of_theseus.modeling import encoder_layers, last_of_group
 
 
 def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -6,9 +6,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from bert_of_theseus.data import load_task_data, random_subset, selection_split
-from bert_of_theseus.modeling import encoder_layers
+from bert_of_theseus.modeling import encoder_layers, last_of_group
 from bert_of_theseus.tasks import Task, custom_task, get_task
-from common.pairing import last_of_group
 from common.run.errors import UserError
 
 

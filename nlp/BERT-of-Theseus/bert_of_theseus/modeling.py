@@ -9,8 +9,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from common.pairing import last_of_group, linear_names, pair_weights
-from common.run.errors import UserError
+from common.run.errors import UserError, user_errors
+from dskd import pairing
+from dskd.pairing import linear_names
 
 
 def encoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -26,6 +27,12 @@ def encoder_layers(model: nn.Module) -> nn.ModuleList:
             "(BERT, MiniLM, RoBERTa, ELECTRA)"
         )
     return layers
+
+
+def last_of_group(teacher_layers: int, student_layers: int) -> list[int]:
+    """As `dskd.pairing.last_of_group`; a UserError where the layers do not divide."""
+    with user_errors():
+        return pairing.last_of_group(teacher_layers, student_layers)
 
 
 def with_layers(model: nn.Module, layers: list[nn.Module]) -> nn.Module:
@@ -54,7 +61,8 @@ def layer_pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[str, Tenso
     student_layers, teacher_layers = encoder_layers(student), encoder_layers(teacher)
     chosen = last_of_group(len(teacher_layers), len(student_layers))
     names = [(f"{i}.{name}", f"{k}.{name}") for i, k in enumerate(chosen) for name in linear_names(student_layers[i])]
-    return pair_weights(student_layers, teacher_layers, names)
+    with user_errors():
+        return pairing.pair_weights(student_layers, teacher_layers, names)
 
 
 class TheseusModule(nn.Module):
@@ -131,11 +139,13 @@ class TheseusModel(nn.Module):
         successors = nn.ModuleList(module.successor for module in modules)
         last = nn.ModuleList(module.predecessors[-1] for module in modules)
         names = [f"{i}.{name}" for i, layer in enumerate(successors) for name in linear_names(layer)]
-        return pair_weights(successors, last, [(name, name) for name in names])
+        with user_errors():
+            return pairing.pair_weights(successors, last, [(name, name) for name in names])
 
     def unsampled_pairs(self) -> set[str]:
         """Names of the pairs whose successor layer was not sampled since `sampled` was last cleared."""
-        return {name for name, _, _ in self.pairs() if int(name.split(".")[0]) not in self.sampled}
+        unsampled = set(range(len(self.theseus_modules))) - self.sampled
+        return {f"{i}.{name}" for i in unsampled for name in linear_names(self.theseus_modules[i].successor)}
 
     def successor(self) -> nn.Module:
         """The compressed model, a plain transformers model: the predecessor's other parts and the successor layers."""

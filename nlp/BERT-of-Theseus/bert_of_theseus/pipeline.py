@@ -9,7 +9,6 @@ import torch.distributed as dist
 from transformers import AutoModelForSequenceClassification, set_seed
 from transformers.utils import logging as transformers_logging
 
-from bert_of_theseus.arguments import DSKD_SETTINGS
 from bert_of_theseus.data import tokenize
 from bert_of_theseus.distillation import DistilledModel
 from bert_of_theseus.loading import default_successor_layers, load_data, load_model, max_length
@@ -21,6 +20,7 @@ from bert_of_theseus.schedules import replacing_schedule
 from bert_of_theseus.training import (
     BestStudentCallback,
     DistillationTrainer,
+    FollowOptimizerCallback,
     MethodStateCallback,
     RecordCallback,
     ReplacingCallback,
@@ -36,7 +36,8 @@ from common.run.choices import ChoiceLog
 from common.run.errors import UserError
 from common.run.files import write_json, write_text
 from common.run.record import RunRecord
-from common.svd_loss import DirectionSensitivityLoss
+from common.settings import SETTINGS, of_arguments
+from common.svd_loss import build_loss
 
 
 def run(args: argparse.Namespace) -> None:
@@ -159,7 +160,7 @@ def _train(args, task, tokenizer, model, datasets):
     model.to(setup.device)  # DSKD's teacher
     if args.torch_compile:
         compile_layers(student)
-    dskd = _build_dskd(args, pairs)
+    dskd = build_loss(pairs, of_arguments(args), args.seed) if args.if_svd else None
     theseus = student if isinstance(student, TheseusModel) else None
     trainer = _trainer(
         args, task, tokenizer, student, datasets, setup, dskd=dskd, lambda_size=args.lambda_size if dskd else 0.0
@@ -168,6 +169,7 @@ def _train(args, task, tokenizer, model, datasets):
     method_state = MethodStateCallback(
         dskd, theseus, trainer.totals, circumstances=circumstances, keep=args.save_total_limit
     )
+    trainer.add_callback(FollowOptimizerCallback(dskd, theseus))
     trainer.add_callback(method_state)
     if theseus is not None:
         schedule = replacing_schedule(
@@ -217,7 +219,7 @@ def _train(args, task, tokenizer, model, datasets):
     result = record.finish(
         task=task.name,
         method=args.method,
-        dskd=_dskd_settings(args) if dskd else None,
+        dskd={setting.dest: getattr(args, setting.dest) for setting in SETTINGS} if dskd else None,
         seed=args.seed,
         metric=task.primary,
         last=last.get(dev_metric),
@@ -240,25 +242,6 @@ def _train(args, task, tokenizer, model, datasets):
     return export
 
 
-def _build_dskd(args, pairs) -> DirectionSensitivityLoss | None:
-    if not args.if_svd:
-        return None
-    return DirectionSensitivityLoss(
-        pairs,
-        rank=args.rank_size,
-        svd_steps=args.svd_steps,
-        basis=args.basis,
-        grad_steps=args.grad_steps,
-        drift=args.drift,
-        smoothing=args.smoothing,
-        driver=args.svd_driver,
-        direction=args.direction,
-        alpha=args.alpha,
-        score=args.score,
-        span=args.span,
-    )
-
-
 def _evaluate_only(args, task, tokenizer, model, datasets) -> None:
     setup = training_arguments(args, Path(args.output_dir), report_to=[])
     metrics = flatten(_trainer(args, task, tokenizer, model, datasets, setup).evaluate())
@@ -275,7 +258,3 @@ def _predict(args, task, tokenizer, model, datasets) -> None:
         logits = first_output(trainer.predict(datasets[name]).predictions)
         if setup.process_index == 0:
             print(f"written: {write_predictions(task, Path(args.output_dir) / 'predictions', logits, name)}")
-
-
-def _dskd_settings(args) -> dict:
-    return {name: getattr(args, name) for name in DSKD_SETTINGS}

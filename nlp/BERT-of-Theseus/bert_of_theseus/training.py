@@ -6,7 +6,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -19,10 +18,11 @@ from bert_of_theseus.modeling import TheseusModel
 from bert_of_theseus.sampling import LengthGrouped
 from bert_of_theseus.tasks import Task
 from common.run.choices import ChoiceLog
-from common.run.errors import UserError
+from common.run.errors import UserError, user_errors
 from common.run.files import write_aside
 from common.run.record import RunRecord, check_circumstances
 from common.svd_loss import DirectionSensitivityLoss
+from dskd.attach import Attachment
 
 METHOD_STATE = "method_state.pt"
 # what asks the Trainer for batches of similar length: before transformers 5, and since
@@ -134,8 +134,29 @@ class DistillationTrainer(Trainer):
             raise UserError(f"the checkpoint is of another model: {wrong[0]} does not match")
 
 
+class FollowOptimizerCallback(TrainerCallback):
+    """Lets DSKD follow the Trainer's optimizer, and tells it which layers of a Theseus model had no part in a step."""
+
+    def __init__(self, dskd: DirectionSensitivityLoss | None, theseus: TheseusModel | None):
+        self.dskd, self.theseus = dskd, theseus
+        self._attachment: Attachment | None = None
+
+    def on_train_begin(self, args, state, control, optimizer=None, **_):
+        if self.dskd is not None:
+            skip = self.theseus.unsampled_pairs if self.theseus is not None else None
+            self._attachment = self.dskd.attach(optimizer, state.max_steps, skip=skip)
+
+    def on_train_end(self, args, state, control, **_):
+        if self._attachment is not None:
+            self._attachment.detach()
+
+    def on_step_begin(self, args, state, control, **_):
+        if self.theseus is not None:
+            self.theseus.sampled.clear()
+
+
 class MethodStateCallback(TrainerCallback):
-    """Brackets the optimizer step for DSKD; its state travels with every checkpoint, as do draws and totals.
+    """Lets the state of DSKD travel with every checkpoint, as do draws and totals; removes old checkpoints.
 
     Args:
         dskd, theseus: whose state is kept, or None.
@@ -155,7 +176,6 @@ class MethodStateCallback(TrainerCallback):
     ):
         self.dskd, self.theseus, self.totals = dskd, theseus, totals
         self.circumstances, self.keep = dict(circumstances or {}), keep
-        self._bracket = ExitStack()
         self._since = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **_):
@@ -163,19 +183,6 @@ class MethodStateCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **_):
         self._count_seconds()
-
-    def on_step_begin(self, args, state, control, **_):
-        if self.theseus is not None:
-            self.theseus.sampled.clear()
-
-    def on_pre_optimizer_step(self, args, state, control, **_):
-        if self.dskd is not None:
-            skip = self.theseus.unsampled_pairs() if self.theseus is not None else ()
-            progress = min(state.global_step / state.max_steps, 1.0)
-            self._bracket.enter_context(self.dskd.observe(progress, skip))
-
-    def on_optimizer_step(self, args, state, control, **_):
-        self._bracket.close()
 
     def on_save(self, args, state, control, **_):
         self._count_seconds()
@@ -197,7 +204,8 @@ class MethodStateCallback(TrainerCallback):
         saved = torch.load(checkpoint / METHOD_STATE, weights_only=True, map_location="cpu")
         check_circumstances(checkpoint, saved.get("circumstances", {}), self.circumstances)
         if self.dskd is not None:
-            self.dskd.load_state_dict(saved["dskd"])
+            with user_errors():
+                self.dskd.load_state_dict(saved["dskd"])
         if self.theseus is not None:
             self.theseus.generator.set_state(saved["draws"])
         self.totals.update(saved["totals"])

@@ -1,7 +1,8 @@
 """Matrix views and decompositions below the DSKD loss. Suffixes name shapes: `V_nr` is (..., n, r), r = min(m, n)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,18 +10,25 @@ from torch import Tensor
 DRIVERS = ("gram", "svd", "randomized")
 _OVERSAMPLING = 32
 _POWER_ITERATIONS = 2
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-def without_autocast(function):
+def without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Mixed precision must not reach the method's products of matrices."""
 
     @wraps(function)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         with torch.autocast(device.type, enabled=False):
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def check_driver(driver: str) -> None:
+    if driver not in DRIVERS:
+        raise ValueError(f"driver must be one of {', '.join(DRIVERS)}, got {driver!r}")
 
 
 def right_singular(matrix: Tensor, driver: str, count: int | None = None) -> tuple[Tensor, Tensor]:
@@ -37,8 +45,7 @@ def right_singular(matrix: Tensor, driver: str, count: int | None = None) -> tup
     Raises:
         ValueError: an unknown driver.
     """
-    if driver not in DRIVERS:
-        raise ValueError(f"driver must be one of {', '.join(DRIVERS)}, got {driver!r}")
+    check_driver(driver)
     if driver == "svd":
         _, sigma_n, Vh_nn = torch.linalg.svd(matrix, full_matrices=False)
         return sigma_n, Vh_nn.mT
@@ -58,7 +65,7 @@ def right_singular(matrix: Tensor, driver: str, count: int | None = None) -> tup
 
 
 def _random_start(matrix: Tensor, q: int) -> Tensor:
-    """Gaussian (m, q), the same in every call and on every rank."""
+    """Gaussian (m, q), the same in every call and on every process."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(matrix.shape[-2], q, generator=generator, dtype=matrix.dtype).to(matrix.device)
 
@@ -93,9 +100,13 @@ def tall(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
 
 
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """The precision that the method works in: float64 stays, all others become float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def working(tensor: Tensor) -> Tensor:
-    """In the precision that the method works in: float64 stays, all others become float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(working_dtype(tensor))
 
 
 def largest_entry(matrix: Tensor) -> Tensor:
@@ -107,6 +118,19 @@ def unit_scale(matrix: Tensor) -> Tensor:
     """Largest entry 1, so that products of four factors stay within float32's range; a zero matrix stays zero."""
     largest = largest_entry(matrix)
     return matrix / torch.where(largest > 0, largest, 1.0)
+
+
+def largest_entries(*lists: Sequence[Tensor | None]) -> list[list[float]]:
+    """The largest absolute entry of every tensor of some lists, 0 for None, read by the host at once."""
+    present = [tensor for tensors in lists for tensor in tensors if tensor is not None]
+    norms = torch.stack([norm.double() for norm in torch._foreach_norm(present, float("inf"))]).tolist()
+    sizes = iter(norms)
+    return [[0.0 if tensor is None else next(sizes) for tensor in tensors] for tensors in lists]
+
+
+def in_layout_of(weight: Tensor, matrix: Tensor) -> Tensor:
+    """A matrix in the shape and memory layout (channels_last, say) of a weight: inner products then need no copy."""
+    return torch.empty_like(weight.detach(), dtype=matrix.dtype).copy_(matrix.reshape(weight.shape))
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:

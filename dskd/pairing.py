@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from common.run.errors import UserError
-
 
 def last_of_group(teacher_layers: int, student_layers: int) -> list[int]:
     """Teacher layer of every student layer where student layer i replaces the i-th group of L/l teacher layers.
@@ -14,11 +12,11 @@ def last_of_group(teacher_layers: int, student_layers: int) -> list[int]:
     The last layer of the group: (i + 1) * L / l - 1, so that 12 and 6 give 1, 3, 5, 7, 9, 11.
 
     Raises:
-        UserError: the teacher's layers do not divide into the student's.
+        ValueError: the teacher's layers do not divide into the student's.
     """
     if not 0 < student_layers <= teacher_layers or teacher_layers % student_layers:
         divisors = [str(n) for n in range(1, teacher_layers + 1) if teacher_layers % n == 0]
-        raise UserError(
+        raise ValueError(
             f"{teacher_layers} layers do not divide into {student_layers} groups; possible are {', '.join(divisors)}"
         )
     group = teacher_layers // student_layers
@@ -29,10 +27,10 @@ def spread_evenly(teacher_blocks: int, student_blocks: int) -> list[int]:
     """Teacher block of every student block of a stage: ceil(linspace(0, B - 1, b)); 9 and 3 give 0, 4, 8.
 
     Raises:
-        UserError: the student has more blocks than the teacher.
+        ValueError: the student has more blocks than the teacher.
     """
     if not 0 < student_blocks <= teacher_blocks:
-        raise UserError(f"a stage of {teacher_blocks} teacher blocks cannot pair with {student_blocks} student blocks")
+        raise ValueError(f"a stage of {teacher_blocks} teacher blocks cannot pair with {student_blocks} student blocks")
     gaps, last = student_blocks - 1, teacher_blocks - 1
     return [-(-i * last // gaps) if gaps else 0 for i in range(student_blocks)]  # in integers: no rounding surprises
 
@@ -51,7 +49,7 @@ def pair_weights(
         (student module name, student weight, teacher weight) of every pair.
 
     Raises:
-        UserError: a name that is not there, shapes that differ (both layers and shapes are named), nothing left.
+        ValueError: a name that is not there, shapes that differ (both layers and shapes are named), nothing left.
     """
     pairs = []
     for student_name, teacher_name in names:
@@ -60,12 +58,12 @@ def pair_weights(
         if student_weight.shape == teacher_weight.shape:
             pairs.append((student_name, student_weight, teacher_weight))
         elif not skip_mismatched:
-            raise UserError(
+            raise ValueError(
                 f"layer pair of different shapes: student {student_name} {tuple(student_weight.shape)}, "
                 f"teacher {teacher_name} {tuple(teacher_weight.shape)}; name other layers or skip mismatched pairs"
             )
     if not pairs:
-        raise UserError("no layer pair of equal shapes is left for DSKD")
+        raise ValueError("no layer pair of equal shapes is left for DSKD")
     return pairs
 
 
@@ -75,16 +73,16 @@ def expand_patterns(student: nn.Module, patterns: Sequence[tuple[str, str]]) -> 
     ("stages.*.0.conv1", "stages.*.4.conv1") pairs that block of every stage. A name without "*" stands for itself.
 
     Raises:
-        UserError: a pattern that matches no layer of the student, or two patterns with unequal numbers of "*".
+        ValueError: a pattern that matches no layer of the student, or two patterns with unequal numbers of "*".
     """
     names = []
     for student_pattern, teacher_pattern in patterns:
         if student_pattern.count("*") != teacher_pattern.count("*"):
-            raise UserError(f"layer patterns {student_pattern!r} and {teacher_pattern!r} differ in their number of *")
+            raise ValueError(f"layer patterns {student_pattern!r} and {teacher_pattern!r} differ in their number of *")
         expression = re.compile(re.escape(student_pattern).replace(r"\*", "([^.]+)"))
         matches = [match for name, _ in student.named_modules() if (match := expression.fullmatch(name))]
         if not matches:
-            raise UserError(f"the student has no layer {student_pattern!r}")
+            raise ValueError(f"the student has no layer {student_pattern!r}")
         for match in matches:
             taken = iter(match.groups())
             names.append((match.group(), re.sub(r"\*", lambda _, taken=taken: next(taken), teacher_pattern)))
@@ -102,5 +100,5 @@ def _weight(network: nn.Module, name: str, role: str) -> Tensor:
     except AttributeError:
         weight = None
     if weight is None or weight.ndim < 2:
-        raise UserError(f"the {role} has no layer {name!r} with a weight matrix")
+        raise ValueError(f"the {role} has no layer {name!r} with a weight matrix")
     return weight

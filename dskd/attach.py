@@ -1,0 +1,147 @@
+"""Follow an optimizer by its own step hooks, so that any training loop can use the loss by one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+if TYPE_CHECKING:
+    from .loss import DirectionSensitivityLoss
+    from .observed import ObservedStep
+
+
+class Attachment:
+    """A loss that follows the steps of optimizers, made by `DirectionSensitivityLoss.attach`.
+
+    Steps are those that the optimizer takes: a step that a gradient scaler leaves out is none. Gradients are those that
+    it uses, whoever called backward and wherever, in a closure too.
+
+    Args:
+        loss: the loss that follows.
+        optimizer: the one, or those, that train the paired weights of the student. With several, a step is one of each.
+        total_steps: optimizer steps planned in all, those before a resume included; progress is steps done / planned.
+        weight: of the loss, whose gradient is then added to `.grad` right before each step, after the loop's own
+            clipping; no term in the loss is needed. `None`: the loop adds `lambda * loss()` to its loss.
+        skip: asked where directions are to be chosen: names of pairs that keep theirs, see `observe`.
+
+    Raises:
+        ValueError: the loss follows an optimizer already, a pair's weight is in none of the optimizers, LBFGS (which
+            makes several updates a step), or a number out of range.
+    """
+
+    def __init__(
+        self,
+        loss: DirectionSensitivityLoss,
+        optimizer: Optimizer | Sequence[Optimizer],
+        total_steps: int,
+        weight: float | None = None,
+        skip: Callable[[], Collection[str]] | None = None,
+    ):
+        if loss.attachment is not None:
+            raise ValueError("the DSKD loss follows an optimizer already; call detach() on what attach returned first")
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
+        if weight is not None and not 0.0 <= weight < float("inf"):
+            raise ValueError(f"weight must be 0 or a positive number, got {weight}")
+        self.loss, self.total_steps, self.weight, self.skip = loss, total_steps, weight, skip
+        optimizers = [_unwrapped(each) for each in ([optimizer] if isinstance(optimizer, Optimizer) else optimizer)]
+        self._places = self._places_in(optimizers)
+        self._step: ObservedStep | None = None
+        self._stepped: set[int] = set()  # of the optimizers, by id, in the present step
+        if total_steps < loss.svd_steps:
+            loss.watch.warn(
+                f"{total_steps} steps are planned and directions are chosen every {loss.svd_steps} (svd_steps): none "
+                "will be chosen"
+            )
+        self._hooks = [each.register_step_pre_hook(self._before) for each in optimizers]
+        self._hooks += [each.register_step_post_hook(self._after) for each in optimizers]
+
+    def detach(self) -> None:
+        """Follow no longer; nothing stays on the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._step is not None:
+            self._step.forget()
+        self.loss.attachment = None
+
+    def _places_in(self, optimizers: list[Optimizer]) -> dict[int, list[int]]:
+        """Of every optimizer, by id, the places of the pairs whose weights it trains."""
+        places: dict[int, list[int]] = {id(each): [] for each in optimizers}
+        owner = {id(W): id(each) for each in optimizers for group in each.param_groups for W in group["params"]}
+        for i, (name, W) in enumerate(zip(self.loss.names, self.loss.students, strict=True)):
+            if id(W) not in owner:
+                raise ValueError(f"pair {name}: the student's weight is in no parameter group of the optimizer")
+            places[owner[id(W)]].append(i)
+        for each in optimizers:
+            if isinstance(each, LBFGS):
+                raise ValueError("LBFGS takes several updates a step, with gradients of its own; DSKD cannot follow it")
+        return {key: found for key, found in places.items() if found}
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the step, or after the closure that the step begins with, when the gradients are there."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._begin(optimizer)
+            return None
+
+        def followed() -> Any:
+            result = closure()
+            self._begin(optimizer)
+            return result
+
+        if len(args) > 1:
+            return (args[0], followed, *args[2:]), kwargs
+        return args, {**kwargs, "closure": followed}
+
+    @torch.no_grad()
+    def _begin(self, optimizer: Optimizer) -> None:
+        places = self._places.get(id(optimizer))
+        if places is None:
+            return
+        if id(optimizer) in self._stepped:  # the others were left out
+            self._finish()
+        if self.weight is not None:
+            self._add_gradient(places, optimizer)
+        if self._step is None:
+            progress = min(self.loss.steps / self.total_steps, 1.0)
+            skip = self.skip() if self.skip is not None and self.loss.due else ()
+            self._step = self.loss.begin_step(progress, skip)
+        self._step.note_gradients(places)
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if id(optimizer) in self._places and self._step is not None:
+            self._stepped.add(id(optimizer))
+            if len(self._stepped) == len(self._places):
+                self._finish()
+
+    def _finish(self) -> None:
+        step, self._step, self._stepped = self._step, None, set()
+        if step is not None:
+            self.loss.end_step(step)
+
+    def _add_gradient(self, places: list[int], optimizer: Optimizer) -> None:
+        assert self.weight is not None
+        gradients = self.loss.gradients()
+        scale = getattr(optimizer, "grad_scale", None)  # of a scaler whose optimizer unscales by itself
+        wanted: list[Tensor] = [gradients[i] for i in places]
+        if scale is not None:
+            wanted = [D * scale for D in wanted]
+        weights = [self.loss.students[i] for i in places]
+        for W in weights:
+            if W.grad is None:
+                W.grad = torch.zeros_like(W)
+        torch._foreach_add_([W.grad for W in weights], wanted, alpha=self.weight)
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer itself, out of a wrapper such as accelerate's."""
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, Optimizer):
+        return _unwrapped(inner)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"attach takes an optimizer or a list of them, got a {type(optimizer).__name__}")
+    return optimizer

@@ -1,0 +1,149 @@
+"""The matched pairs of layers: checked, and grouped by shape, so that matrices of one shape are worked on together."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .matrices import as_matrix, shape_of, working_dtype
+from .processes import collect, rounds
+from .readings import Reading, State
+
+Pairs = Sequence[tuple[str, Tensor, Tensor]]  # (name, student weight, teacher weight)
+_AT_ONCE = 2**20  # elements of the matrices that are decomposed together, which bounds the memory of a refresh
+
+
+@dataclass
+class Group:
+    """Pairs whose weights are (m, n) matrices of one shape.
+
+    Attributes:
+        index: of every row of the group its place among all pairs.
+        chosen: what the reading has chosen, a row a pair.
+        targets: what it has computed of the teacher, by the rows that are worked on together.
+        former: the same before the last choice.
+    """
+
+    index: list[int]
+    m: int
+    n: int
+    dtype: torch.dtype
+    device: torch.device
+    chosen: State = field(default_factory=dict)
+    targets: dict[tuple[int, ...], State] = field(default_factory=dict)
+    former: dict[tuple[int, ...], State] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def rounds(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        """The rows in parts that are worked on together."""
+        return rounds(rows, max(1, _AT_ONCE // (self.m * self.n)))
+
+    def stack(self, tensors: Sequence[Any], rows: Sequence[int]) -> Tensor:
+        """Matrices (rows, m, n) in the working precision, of tensors in the order of all pairs."""
+        if not rows:  # a process without work of its own
+            return torch.zeros(0, self.m, self.n, dtype=self.dtype, device=self.device)
+        return torch.stack([as_matrix(tensors[self.index[row]].detach()).to(self.dtype) for row in rows])
+
+    def start(self, reading: Reading, students: Sequence[Tensor]) -> None:
+        """The state before the first choice, if there is none."""
+        if not self.chosen:
+            parts = [reading.start(self.stack(students, rows)) for rows in self.rounds(range(len(self)))]
+            self.chosen = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def target(self, reading: Reading, teachers: Sequence[Tensor], rows: list[int]) -> State:
+        """What the reading needs of some teachers, renewed after a choice only."""
+        key = tuple(rows)
+        if key not in self.targets:
+            teacher_mn, former = self.stack(teachers, rows), self.former.pop(key, {})
+            self.targets[key] = reading.target(teacher_mn, self.of_rows(rows), former)
+        return self.targets[key]
+
+    def of_rows(self, rows: list[int]) -> State:
+        """What was chosen for some rows."""
+        everything = rows == list(range(len(self)))
+        return {key: value if everything else value[rows] for key, value in self.chosen.items()}
+
+    def renew(self, rows: list[int], mine: State) -> None:
+        """Take over what was newly chosen, `mine` for this process's share of the rows.
+
+        Former tensors are left as they are, since saved states keep them.
+        """
+        for key, part in mine.items():
+            new = collect(part, len(rows))
+            if len(rows) < len(self):
+                former = self.chosen.get(key)
+                whole = new.new_zeros(len(self), *new.shape[1:]) if former is None else former.clone()
+                whole[rows] = new
+                new = whole
+            self.chosen[key] = new
+        self.former, self.targets = self.targets or self.former, {}
+
+
+def group_by_shape(pairs: Pairs) -> list[Group]:
+    groups: dict[tuple[Any, ...], Group] = {}
+    for i, (_, weight, _) in enumerate(pairs):
+        (m, n), dtype = as_matrix(weight).shape, working_dtype(weight)
+        group = groups.setdefault((m, n, dtype, weight.device), Group([], m, n, dtype, weight.device))
+        group.index.append(i)
+    return list(groups.values())
+
+
+def check_pairs(pairs: Pairs) -> None:
+    """Refuse what cannot be aligned, by the pair's name.
+
+    Raises:
+        ValueError: no pairs, a repeated name, shapes of a pair that differ, a weight that is no matrix, a student
+            weight that cannot be trained.
+        TypeError: a pair that is no (name, student weight, teacher weight).
+    """
+    pairs = list(pairs)
+    if not pairs:
+        raise ValueError("DSKD needs at least one pair of layers")
+    for pair in pairs:
+        _check_kind(pair)
+    counts = Counter(name for name, _, _ in pairs)
+    for name, student, teacher in pairs:
+        if counts[name] > 1:
+            raise ValueError(f"the pair name {name!r} occurs {counts[name]} times")
+        if student.shape != teacher.shape:
+            raise ValueError(_of_other_shapes(name, student, teacher))
+        if student.ndim < 2:
+            raise ValueError(
+                f"pair {name}: {shape_of(student)} is no matrix; weights of 2 and more dimensions can pair"
+            )
+        if not student.is_leaf:
+            raise ValueError(
+                f"pair {name}: the student's weight is computed from other tensors; give the parameter that is trained"
+            )
+        if not student.requires_grad:
+            raise ValueError(
+                f"pair {name}: the student's weight is frozen (requires_grad is False): DSKD could not move it; "
+                "train it, or leave the pair out (of a LoRA layer train the base weight, or merge the adapter first)"
+            )
+
+
+def _check_kind(pair: Any) -> None:
+    if not isinstance(pair, tuple | list) or len(pair) != 3 or not isinstance(pair[0], str):
+        raise TypeError(f"a pair is (name, student weight, teacher weight), got {_short(pair)}")
+    for role, weight in zip(("student", "teacher"), pair[1:], strict=True):
+        if isinstance(weight, nn.Module):
+            raise TypeError(f"pair {pair[0]}: the {role} is a {type(weight).__name__}; give its weight, a tensor")
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"pair {pair[0]}: the {role}'s weight is a {type(weight).__name__}, not a tensor")
+
+
+def _of_other_shapes(name: str, student: Tensor, teacher: Tensor) -> str:
+    turned = student.ndim == 2 and student.shape == teacher.shape[::-1]
+    hint = "; one is (in, out) and the other (out, in): give the transpose of the teacher's" if turned else ""
+    return f"pair {name}: student {shape_of(student)} and teacher {shape_of(teacher)} must match{hint}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"{len(value)} items: {', '.join(type(item).__name__ for item in value)}"
+    return type(value).__name__

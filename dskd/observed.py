@@ -1,0 +1,77 @@
+"""One optimizer step as the method sees it: the update that it made, and the gradients that it used."""
+
+from collections.abc import Collection, Iterable, Sequence
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+
+class ObservedStep:
+    """Notes gradients before an optimizer step; after it `gradients_held` says whether they are those of the step.
+
+    Args:
+        weights: all students' weights.
+        before: copies of them that the update counts from, which this takes over; None where no choice is due.
+        copy_gradients: for an optimizer that changes gradients in place.
+        progress: of the training, in [0, 1].
+        skip: names of pairs that keep their directions.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        before: list[Tensor] | None,
+        copy_gradients: bool,
+        progress: float,
+        skip: Collection[str],
+    ):
+        self.weights, self.before, self.progress, self.skip = weights, before, progress, skip
+        self.gradients: list[Tensor | None] = [None] * len(weights)
+        self._copy = copy_gradients
+        self._noted: list[Tensor | None] = [None] * len(weights)
+        self._versions: list[int | None] = [None] * len(weights)
+        self._hooks: list[RemovableHandle] = []
+        self._late = False  # whether a backward pass has run inside the step
+
+    def note_gradients(self, places: Iterable[int]) -> None:
+        """Remember `.grad` of some weights: what the coming step will use."""
+        for i in places:
+            grad = self.weights[i].grad
+            self._noted[i], self._versions[i] = grad, _version(grad)
+            if self.before is not None:
+                self.gradients[i] = grad.clone() if grad is not None and self._copy else grad
+                self._hooks.append(self.weights[i].register_post_accumulate_grad_hook(self._note_late))
+
+    def _note_late(self, _: Tensor) -> None:
+        self._late = True
+
+    def forget(self) -> None:
+        """Leave nothing on the weights."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def gradients_held(self) -> bool:
+        """False where the optimizer has changed the noted gradients in place.
+
+        Raises:
+            RuntimeError: they have become those of another backward pass, which ran inside the step.
+        """
+        self.forget()
+        now = [weight.grad for weight in self.weights]
+        replaced = any(grad is not None and grad is not noted for grad, noted in zip(now, self._noted, strict=True))
+        if self._late or replaced:
+            raise RuntimeError(
+                "DSKD: a backward pass ran inside of `observe`, so that the gradients it saw are not the step's; "
+                "use `dskd.attach(optimizer, total_steps)`, which follows optimizers that call a closure"
+            )
+        unchanged = all(new is None or _version(new) == old for new, old in zip(now, self._versions, strict=True))
+        return self._copy or self.before is None or unchanged
+
+    def updates(self) -> list[Tensor]:
+        """Weights after the step minus weights before it, in the memory of the copies."""
+        pairs = zip(self.weights, self.before or [], strict=True)
+        return [start.neg_().add_(after.detach()) for after, start in pairs]
+
+
+def _version(grad: Tensor | None) -> int | None:
+    return None if grad is None else grad._version

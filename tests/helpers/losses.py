@@ -1,0 +1,28 @@
+"""A loss by the settings of the two programs, with defaults that fit small tests."""
+
+import torch
+
+from common.svd_loss import build_reading
+from dskd import DirectionSensitivityLoss
+from dskd.controls import shrunk, shuffled
+
+
+def make_loss(
+    pairs,
+    rank: int = 32,
+    svd_steps: int = 100,
+    *,
+    basis: str = "own",
+    grad_steps: int | None = None,
+    drift: float = 0.0,
+    direction: str = "sensitive",
+    seed: int | None = None,
+    **others,
+) -> DirectionSensitivityLoss:
+    """`grad_steps` is `svd_steps` by default, `seed` torch's initial one, `rank` has no effect with "curvature"."""
+    defaults = {"smoothing": 0.0, "driver": "gram", "alpha": None, "score": "sensitivity", "span": "step"}
+    values = {"rank": rank, "basis": basis, "control": direction, **defaults, **others}
+    seed = torch.initial_seed() if seed is None else seed
+    pairs = {"shuffled": lambda: shuffled(pairs, seed), "shrink": lambda: shrunk(pairs)}.get(direction, lambda: pairs)()
+    reading = build_reading(values, seed)
+    return DirectionSensitivityLoss(pairs, reading, svd_steps, grad_steps=grad_steps or svd_steps, drift=drift)
