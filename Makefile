@@ -8,7 +8,7 @@ setup: .venv/current  ## make .venv with the tested versions; nothing to do when
 .venv/current: requirements.txt setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -r requirements.txt
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/pip install --quiet --no-deps -e .
 	touch $@
 
 demo: setup  ## compress a text encoder and distil an image classifier; DEMO="--task RTE --data_dir glue/RTE" for GLUE
