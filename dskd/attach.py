@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from .sharding import local
+
 if TYPE_CHECKING:
     from .loss import DirectionSensitivityLoss
     from .observed import ObservedStep
@@ -105,7 +107,8 @@ class Attachment:
         if id(optimizer) in self._stepped:  # the others were left out
             self._finish()
         if self.weight is not None:
-            self._add_gradient(places, optimizer)
+            scale = getattr(optimizer, "grad_scale", None)  # of a scaler whose optimizer unscales by itself
+            add_gradient(self.loss, self.weight, places, scale)
         if self._step is None:
             progress = min(self.loss.steps / self.total_steps, 1.0)
             skip = self.skip() if self.skip is not None and self.loss.due else ()
@@ -123,18 +126,16 @@ class Attachment:
         if step is not None:
             self.loss.end_step(step)
 
-    def _add_gradient(self, places: list[int], optimizer: Optimizer) -> None:
-        assert self.weight is not None
-        gradients = self.loss.gradients()
-        scale = getattr(optimizer, "grad_scale", None)  # of a scaler whose optimizer unscales by itself
-        wanted: list[Tensor] = [gradients[i] for i in places]
-        if scale is not None:
-            wanted = [D * scale for D in wanted]
-        weights = [self.loss.students[i] for i in places]
-        for W in weights:
-            if W.grad is None:
-                W.grad = torch.zeros_like(W)
-        torch._foreach_add_([W.grad for W in weights], wanted, alpha=self.weight)
+
+@torch.no_grad()
+def add_gradient(loss: DirectionSensitivityLoss, weight: float, places: Sequence[int], scale: Tensor | None) -> None:
+    """Add weight * scale * the loss's gradient to `.grad` of some students, by their places among the pairs."""
+    gradients, students = loss.gradients(), loss.students
+    wanted = [local(gradients[i]) if scale is None else local(gradients[i]) * scale for i in places]
+    for i in places:
+        if students[i].grad is None:
+            students[i].grad = torch.zeros_like(students[i])
+    torch._foreach_add_([local(students[i].grad) for i in places], wanted, alpha=weight)
 
 
 def _unwrapped(optimizer: Any) -> Optimizer:

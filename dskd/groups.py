@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .matrices import as_matrix, shape_of, working_dtype
-from .processes import collect, rounds
+from .processes import collect, rounds, share
 from .readings import Reading, State
+from .sharding import check_sharding, whole
 
 Pairs = Sequence[tuple[str, Tensor, Tensor]]  # (name, student weight, teacher weight)
 _AT_ONCE = 2**20  # elements of the matrices that are decomposed together, which bounds the memory of a refresh
@@ -23,7 +24,7 @@ class Group:
     Attributes:
         index: of every row of the group its place among all pairs.
         chosen: what the reading has chosen, a row a pair.
-        targets: what it has computed of the teacher, by the rows that are worked on together.
+        targets: what it has computed of the teacher for this process's share, by the rows of a round.
         former: the same before the last choice.
     """
 
@@ -44,19 +45,24 @@ class Group:
         return rounds(rows, max(1, _AT_ONCE // (self.m * self.n)))
 
     def stack(self, tensors: Sequence[Any], rows: Sequence[int]) -> Tensor:
-        """Matrices (rows, m, n) in the working precision, of tensors in the order of all pairs."""
-        if not rows:  # a process without work of its own
+        """This process's share of some matrices, (share, m, n) in the working precision; tensors are of all pairs."""
+        mine = set(share(rows))
+        found = [whole(tensors[self.index[row]], row in mine) for row in rows]
+        if not mine:  # a process without work of its own
             return torch.zeros(0, self.m, self.n, dtype=self.dtype, device=self.device)
-        return torch.stack([as_matrix(tensors[self.index[row]].detach()).to(self.dtype) for row in rows])
+        return torch.stack([as_matrix(W.detach()).to(self.dtype) for W in found if W is not None])
 
     def start(self, reading: Reading, students: Sequence[Tensor]) -> None:
         """The state before the first choice, if there is none."""
         if not self.chosen:
-            parts = [reading.start(self.stack(students, rows)) for rows in self.rounds(range(len(self)))]
+            parts = []
+            for rows in self.rounds(range(len(self))):
+                mine = reading.start(self.stack(students, rows))
+                parts.append({key: collect(part, len(rows)) for key, part in mine.items()})
             self.chosen = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     def target(self, reading: Reading, teachers: Sequence[Tensor], rows: list[int]) -> State:
-        """What the reading needs of some teachers, renewed after a choice only."""
+        """What the reading needs of this process's share of some teachers, renewed after a choice only."""
         key = tuple(rows)
         if key not in self.targets:
             teacher_mn, former = self.stack(teachers, rows), self.former.pop(key, {})
@@ -64,9 +70,10 @@ class Group:
         return self.targets[key]
 
     def of_rows(self, rows: list[int]) -> State:
-        """What was chosen for some rows."""
-        everything = rows == list(range(len(self)))
-        return {key: value if everything else value[rows] for key, value in self.chosen.items()}
+        """What was chosen for this process's share of some rows."""
+        mine = share(rows)
+        everything = mine == list(range(len(self)))
+        return {key: value if everything else value[mine] for key, value in self.chosen.items()}
 
     def renew(self, rows: list[int], mine: State) -> None:
         """Take over what was newly chosen, `mine` for this process's share of the rows.
@@ -87,7 +94,7 @@ class Group:
 def group_by_shape(pairs: Pairs) -> list[Group]:
     groups: dict[tuple[Any, ...], Group] = {}
     for i, (_, weight, _) in enumerate(pairs):
-        (m, n), dtype = as_matrix(weight).shape, working_dtype(weight)
+        m, n, dtype = weight.shape[0], weight.shape[1:].numel(), working_dtype(weight)
         group = groups.setdefault((m, n, dtype, weight.device), Group([], m, n, dtype, weight.device))
         group.index.append(i)
     return list(groups.values())
@@ -116,6 +123,8 @@ def check_pairs(pairs: Pairs) -> None:
             raise ValueError(
                 f"pair {name}: {shape_of(student)} is no matrix; weights of 2 and more dimensions can pair"
             )
+        for weight in (student, teacher):
+            check_sharding(name, weight)
         if not student.is_leaf:
             raise ValueError(
                 f"pair {name}: the student's weight is computed from other tensors; give the parameter that is trained"

@@ -24,7 +24,7 @@ from .groups import Pairs, check_pairs, group_by_shape
 from .held import Held, check_intervals, hand_out
 from .matrices import in_layout_of, inner_product, largest_entries
 from .observed import ObservedStep
-from .processes import collect, share
+from .processes import collect
 from .readings import Own, Reading
 from .reports import Reports
 from .state import load_state, saved_state
@@ -177,9 +177,8 @@ class DirectionSensitivityLoss(Reports):
         for group in self.groups:
             group.start(self.reading, self.students)
             for rows in group.rounds([row for row, i in enumerate(group.index) if i in moved]):
-                mine = share(rows)
-                update_mn, gradient_mn = group.stack(updates, mine), group.stack(step.gradients, mine)
-                group.renew(rows, self.reading.choose(update_mn, gradient_mn, step.progress, group.of_rows(mine)))
+                update_mn, gradient_mn = group.stack(updates, rows), group.stack(step.gradients, rows)
+                group.renew(rows, self.reading.choose(update_mn, gradient_mn, step.progress, group.of_rows(rows)))
         if self.reading.span == "interval":  # a new list of new tensors: saved states keep the former ones
             starts = enumerate(zip(self.students, self.starts, strict=True))
             self.starts = [W.detach().clone() if i in moved else start for i, (W, start) in starts]
@@ -203,10 +202,9 @@ class DirectionSensitivityLoss(Reports):
             for group in self.groups:
                 group.start(self.reading, self.students)
                 for rows in group.rounds(range(len(group))):
-                    mine = share(rows)
-                    target = group.target(self.reading, self.teachers, mine)
-                    student_mn = group.stack(self.students, mine)
-                    found = self.reading.value_and_gradient(student_mn, target, group.of_rows(mine))
+                    target = group.target(self.reading, self.teachers, rows)
+                    student_mn = group.stack(self.students, rows)
+                    found = self.reading.value_and_gradient(student_mn, target, group.of_rows(rows))
                     losses, D_mn = (collect(part, len(rows)) / len(self.students) for part in found)
                     value = value + losses.sum()
                     for row, D in zip(rows, D_mn, strict=True):

@@ -7,6 +7,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .sharding import largest_over_parts, local, sharded_like, sum_over_parts
+
 DRIVERS = ("gram", "svd", "randomized")
 _OVERSAMPLING = 32
 _POWER_ITERATIONS = 2
@@ -77,12 +79,10 @@ def columns(matrix: Tensor, index: Tensor) -> Tensor:
 
 def inner_product(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """sum <D, W> over lists of tensors, each pair of one shape and memory layout."""
-    return torch.stack(
-        [
-            (torch.dot(flat(D), flat(W.to(D.dtype))) if D.stride() == W.stride() else (D * W).sum())
-            for D, W in zip(gradients, weights, strict=True)
-        ]
-    ).sum()
+    products = []
+    for D, W in ((local(D), local(W)) for D, W in zip(gradients, weights, strict=True)):
+        products.append(torch.dot(flat(D), flat(W.to(D.dtype))) if D.stride() == W.stride() else (D * W).sum())
+    return sum_over_parts(products, weights).sum()
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -123,14 +123,14 @@ def unit_scale(matrix: Tensor) -> Tensor:
 def largest_entries(*lists: Sequence[Tensor | None]) -> list[list[float]]:
     """The largest absolute entry of every tensor of some lists, 0 for None, read by the host at once."""
     present = [tensor for tensors in lists for tensor in tensors if tensor is not None]
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm(present, float("inf"))]).tolist()
-    sizes = iter(norms)
+    sizes = iter(largest_over_parts(present).tolist())
     return [[0.0 if tensor is None else next(sizes) for tensor in tensors] for tensors in lists]
 
 
 def in_layout_of(weight: Tensor, matrix: Tensor) -> Tensor:
     """A matrix in the shape and memory layout (channels_last, say) of a weight: inner products then need no copy."""
-    return torch.empty_like(weight.detach(), dtype=matrix.dtype).copy_(matrix.reshape(weight.shape))
+    part = sharded_like(weight, matrix.reshape(weight.shape))
+    return torch.empty_like(weight.detach(), dtype=matrix.dtype).copy_(part)
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:

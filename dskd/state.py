@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from .held import Held
-from .matrices import shape_of
+from .matrices import in_layout_of, shape_of
+from .sharding import sharded_like
 
 if TYPE_CHECKING:
     from .loss import DirectionSensitivityLoss
@@ -50,14 +50,11 @@ def load_state(loss: DirectionSensitivityLoss, state: dict[str, Any]) -> None:
     loss.held = None
     if (held := state["held"]) is not None:
         device = loss.students[0].device
-        gradients = [
-            torch.empty_like(W.detach(), dtype=D.dtype).copy_(D)
-            for D, W in zip(held["gradients"], loss.students, strict=True)
-        ]
+        gradients = [in_layout_of(W, D) for D, W in zip(held["gradients"], loss.students, strict=True)]
         offset = None if held["offset"] is None else held["offset"].to(device)
         loss.held = Held(held["value"].to(device), gradients, offset, held["since"], _beside(loss, held["origin"]))
 
 
 def _beside(loss: DirectionSensitivityLoss, tensors: list[Tensor]) -> list[Tensor]:
-    """On the devices of the students' weights; there are none, or as many as pairs."""
-    return [tensor.to(W.device) for tensor, W in zip(tensors, loss.students, strict=False)]
+    """On the devices, and in the parts, of the students' weights; there are none, or as many as pairs."""
+    return [sharded_like(W, tensor.to(W.device)) for tensor, W in zip(tensors, loss.students, strict=False)]
