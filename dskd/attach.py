@@ -50,7 +50,7 @@ class Attachment:
         if weight is not None and not 0.0 <= weight < float("inf"):
             raise ValueError(f"weight must be 0 or a positive number, got {weight}")
         self.loss, self.total_steps, self.weight, self.skip = loss, total_steps, weight, skip
-        optimizers = [_unwrapped(each) for each in ([optimizer] if isinstance(optimizer, Optimizer) else optimizer)]
+        optimizers = [_unwrapped(each) for each in (optimizer if isinstance(optimizer, Sequence) else [optimizer])]
         self._places = self._places_in(optimizers)
         self._step: ObservedStep | None = None
         self._stepped: set[int] = set()  # of the optimizers, by id, in the present step
@@ -69,6 +69,10 @@ class Attachment:
         if self._step is not None:
             self._step.forget()
         self.loss.attachment = None
+
+    def follows(self, optimizer: Any) -> bool:
+        """Whether this optimizer, or the one in this wrapper, trains a paired weight."""
+        return id(_unwrapped(optimizer)) in self._places
 
     def _places_in(self, optimizers: list[Optimizer]) -> dict[int, list[int]]:
         """Of every optimizer, by id, the places of the pairs whose weights it trains."""

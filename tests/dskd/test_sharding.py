@@ -3,6 +3,7 @@
 Checks of the FSDP2 fault: on the former code a loss of DTensor weights failed or read a part as a whole matrix.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ WAYS = ("weight", "term")
 
 def network(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
-    layers = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in zip(SIZES, SIZES[1:], strict=False)]
+    layers = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in pairwise(SIZES)]
     return nn.Sequential(
         nn.Sequential(nn.Unflatten(1, (1, 7)), nn.Conv1d(1, 2, 3, padding=1), nn.Flatten(), FOLD), *layers
     )
