@@ -1,4 +1,4 @@
-"""`DskdCallback` trains as a plain loop, with automatic optimization (backward in a closure inside the step) and manual.
+"""`DskdCallback` trains as a plain loop, with automatic optimization (a closure inside the step) and manual.
 
 The plain loop brackets its steps with `observe` and adds the gradient by hand. Bracketing Lightning's `optimizer.step`
 so, as the former code had to, chooses directions with the gradients of the step before; `observe` refuses it now.
@@ -161,7 +161,7 @@ def test_manual_optimization_trains_as_a_plain_loop(accumulation):
 
 
 def test_the_loss_is_logged():
-    student, _, trainer = lightning_run(2)
+    _, _, trainer = lightning_run(2)
     _, _, values = plain_run(2)
     assert trainer.callback_metrics["dskd_loss"].item() == pytest.approx(values[-1], rel=1e-4)
 

@@ -170,7 +170,7 @@ def test_without_clipping_it_trains_as_a_plain_loop(tmp_path):
 
 
 def test_the_fault_that_this_replaces(tmp_path):
-    """The term in `compute_loss`, as trainers of distillation add it: as many times too strong as batches accumulate."""
+    """The term in `compute_loss`, as trainers of distillation add it: too strong by the number of batches."""
 
     class Naive(Trainer):
         def __init__(self, *args, dskd, dskd_weight, **kwargs):
