@@ -23,7 +23,7 @@ from scripts.lib.tables.plan import plan
 from scripts.lib.tables.table import find_table, load_table
 
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
-FOLDERS = ("common", "configs", "cv", "docs", "nlp", "resources", "results", "scripts", "tests")
+FOLDERS = ("common", "configs", "cv", "docs", "dskd", "examples", "nlp", "resources", "results", "scripts", "tests")
 SHELL = ("bash", "sh", "shell", "console")
 LAUNCHERS = re.compile(r"(?:.*/)?(?:python3?|torchrun)$")
 
