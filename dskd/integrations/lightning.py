@@ -9,6 +9,7 @@ Lightning's own clipping, which so covers the task's gradient. The callback suit
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,17 +23,12 @@ _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def _callbacks() -> tuple[type, ...]:
-    """The class `Callback` of the packages that are imported already, or else of the first that can be."""
-    found = [name for name in _PACKAGES if name in sys.modules]
-    for name in found or _PACKAGES:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-        found = found or [name]
-    if not found:
+    """The class `Callback` of the packages that are imported already, or else of all that can be."""
+    names = [name for name in _PACKAGES if name in sys.modules]
+    names = names or [name for name in _PACKAGES if importlib.util.find_spec(name.split(".")[0])]
+    if not names:
         raise ModuleNotFoundError("DskdCallback needs Lightning: pip install lightning")
-    return tuple(sys.modules[name].Callback for name in found)
+    return tuple(importlib.import_module(name).Callback for name in names)
 
 
 class DskdCallback(*_callbacks()):  # type: ignore[misc]

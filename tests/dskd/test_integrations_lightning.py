@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
@@ -158,6 +159,14 @@ def test_manual_optimization_trains_as_a_plain_loop(accumulation):
     fit(module, callback, accumulation)
     assert_alike(module.student, plain_run(accumulation)[0], 2e-4)
     assert callback.dskd.steps == STEPS
+
+
+def test_attach_takes_lightnings_wrapper_of_an_optimizer():
+    student = network(0)
+    wrapper = LightningOptimizer(torch.optim.SGD(student.parameters(), lr=0.5))
+    attachment = make_loss(student).attach(wrapper, STEPS)
+    assert attachment.follows(wrapper)
+    assert not attachment.follows(torch.optim.SGD(student.parameters(), lr=0.5))
 
 
 def test_the_loss_is_logged():

@@ -4,14 +4,18 @@ The strength of the term is checked on a model that divides by `num_items_in_bat
 is 4 times too strong there with an accumulation of 4 (`test_the_fault_that_this_replaces`).
 """
 
+import os
 from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from common import ROOT
 from dskd import DirectionSensitivityLoss, Own
 from dskd.integrations.transformers import STATE, DskdTrainer, DskdTrainerMixin
 
@@ -89,12 +93,12 @@ def arguments(folder, accumulation: int = 1, **settings) -> TrainingArguments:
     return TrainingArguments(**{**standard, **settings})
 
 
-def trainer_run(folder, kind: str, accumulation: int, dtype=torch.float32, make=None, **settings):
+def trainer_run(folder, kind: str, accumulation: int, dtype=torch.float32, make=None, batches=0, **settings):
     student, teacher = networks(kind, dtype)
     trainer = (make or DskdTrainer)(
         model=student,
         args=arguments(folder, accumulation, **settings),
-        train_dataset=Tokens(STEPS * accumulation),
+        train_dataset=Tokens(STEPS * (batches or accumulation)),
         dskd=make_loss(student, teacher),
         dskd_weight=WEIGHT,
     )
@@ -156,6 +160,45 @@ def test_it_trains_as_a_plain_loop_in_weights_of_bfloat16(tmp_path):
     student, _ = trainer_run(tmp_path, "plain", 2, torch.bfloat16)
     plain, _ = plain_run("plain", 2, torch.bfloat16)
     assert_alike(student, plain, 2e-2)
+
+
+def test_it_trains_as_a_plain_loop_under_a_gradient_scaler(tmp_path):
+    """The scaler of fp16, which accelerate makes on a GPU alone, put in by hand."""
+
+    class Scaled(DskdTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    student, trainer = trainer_run(tmp_path, "llama", 2, make=Scaled, max_grad_norm=0.0)
+    assert trainer.accelerator.scaler.get_scale() == 1024.0
+    assert_alike(student, plain_run("llama", 2, clip=0)[0], 1e-5)
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for kind in ("llama", "plain"):
+        student, trainer = trainer_run(f"{folder}/{kind}", kind, 2, batches=4, save_strategy="steps", save_steps=20)
+        assert trainer.args.world_size == 2
+        torch.save(student.state_dict(), f"{folder}/{kind}{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one(tmp_path, monkeypatch):
+    """Two batches each in every step; the first process saves the state."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT / "tests/environment"), str(ROOT))))
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    for kind in ("llama", "plain"):
+        expected = dict(plain_run(kind, 4)[0].named_parameters())
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{kind}{rank}.pt", weights_only=True)
+            for name, W in expected.items():
+                torch.testing.assert_close(found[name], W.detach(), rtol=1e-4, atol=1e-5)
+        assert torch.load(tmp_path / kind / "checkpoint-20" / STATE, weights_only=True)["counters"]["steps"] == 20
 
 
 def test_clipping_covers_the_term(tmp_path):

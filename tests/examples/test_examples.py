@@ -12,7 +12,7 @@ import pytest
 from common import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-ENVIRONMENT = Path(__file__).parent / "environment"  # the torchvision repair for a process of its own
+ENVIRONMENT = ROOT / "tests/environment"  # the torchvision repair for a process of its own
 LAUNCHED = {"accelerate_two_processes", "fsdp2"}
 
 
