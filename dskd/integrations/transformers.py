@@ -35,6 +35,7 @@ class DskdTrainerMixin:
         dskd_weight: of the loss, lambda.
 
     Raises:
+        TypeError: neither a loss nor a function.
         ValueError: a weight out of range; when the training begins: a loss that was trained with before, a checkpoint
             without a DSKD state, or DeepSpeed, whose gradients cannot be added to.
     """
@@ -48,6 +49,8 @@ class DskdTrainerMixin:
     ) -> None:
         if not 0.0 <= dskd_weight < float("inf"):
             raise ValueError(f"dskd_weight must be 0 or a positive number, got {dskd_weight}")
+        if not callable(dskd):
+            raise TypeError(f"dskd must be a DSKD loss or a function that makes it, got a {type(dskd).__name__}")
         self.dskd_weight = dskd_weight
         self.dskd = dskd if isinstance(dskd, DirectionSensitivityLoss) else None
         self._make_dskd = None if self.dskd is dskd else dskd
@@ -78,6 +81,7 @@ class DskdTrainerMixin:
             self.dskd.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         elif self.dskd.steps:
             raise ValueError(f"the DSKD loss has seen {self.dskd.steps} steps of another training; make a new one")
+        self._dskd_sum, self._dskd_steps = 0.0, 0
         self._attachment = self.dskd.attach(optimizer, self.state.max_steps)
 
     def _detach(self: Any) -> None:

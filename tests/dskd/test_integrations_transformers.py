@@ -341,6 +341,11 @@ def test_a_weight_out_of_range_is_refused():
         DskdTrainer(dskd=None, dskd_weight=-1)
 
 
+def test_what_is_no_loss_is_refused():
+    with pytest.raises(TypeError, match="dskd must be a DSKD loss or a function that makes it, got a list"):
+        DskdTrainer(dskd=[])
+
+
 def test_other_weights_than_those_of_the_optimizer_are_refused(tmp_path):
     trainer = new_trainer(tmp_path, lambda student, teacher: make_loss(llama(1, 0), teacher))
     with pytest.raises(ValueError, match=r"pair model\.layers\.0\.self_attn\.q_proj: .* no parameter group"):
