@@ -122,7 +122,7 @@ def main() -> None:
         curves = draw_curves(table, rows, results)
         render(table, summary, rows, results, curves)
         plot(table, summary, rows, results)
-        pictures = ", ".join(f"{name}.png, {name}.svg" for name in ("table", *(f"curve_{c.name}" for c in curves)))
+        pictures = ", ".join(f"{name}.png, {name}.svg" for name in ("table", *(f"curve_{name}" for name in curves)))
         print(f"{len(rows)} runs in {short(results)}: runs.csv, table.md, table.tex, table.csv, {pictures}")
     else:
         nothing = "has measured anything" if len(rows) else "has finished"
@@ -137,8 +137,8 @@ def main() -> None:
 
 def _selected(runs: list[Run], table: Table, tasks: list[str] | None, cells: list[str] | None) -> list[Run]:
     for flag, chosen, valid in (
-        ("--tasks", tasks, [task.name for task in table.tasks if task.name]),
-        ("--cells", cells, [cell.name for cell in table.cells]),
+        ("--tasks", tasks, [task for task in table.tasks if task]),
+        ("--cells", cells, list(table.cells)),
     ):
         for name in chosen or []:
             if name not in valid:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import ROOT
 from common.run.errors import UserError
-from scripts.lib.tables.table import RESERVED, Arguments, Cell, Table, Task, suggest
+from scripts.lib.tables.table import RESERVED, Arguments, Table, suggest
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ def plan(
     for seed in sorted({*range(table.first_seed, table.first_seed + seeds), *more}):
         for task in table.tasks:
             done: dict[str, Run] = {}
-            for cell in table.cells:
+            for name, cell in table.cells.items():
                 own = table.first_seed if cell.shared else seed
-                done[cell.name] = _run(table, script, task, cell, own, values, done, output, smoke)
+                done[name] = _run(table, script, task, name, own, values, done, output, smoke)
             runs |= dict.fromkeys(done.values())
     return list(runs)
 
@@ -164,18 +164,19 @@ def pairs(values: Mapping[str, str]) -> str:
 def _run(
     table: Table,
     script: Script,
-    task: Task,
-    cell: Cell,
+    task: str,
+    cell: str,
     seed: int,
     values: Mapping[str, str],
     others: Mapping[str, Run],
     output: Path,
     smoke: bool,
 ) -> Run:
-    where = f"{table.path.name}: cells.{cell.name}"
-    layers = [table.base, task.args, cell.args, *((table.smoke, cell.smoke) if smoke else ())]
-    own = {"task": task.name, "cell": cell.name, "seed": str(seed), **task.values}
-    needs = {name: others[name] for name in cell.needs}
+    where = f"{table.path.name}: cells.{cell}"
+    row, section = table.cells[cell], table.tasks[task]
+    layers = [table.base, section.args, row.args, *((table.smoke, row.smoke) if smoke else ())]
+    own = {"task": task, "cell": cell, "seed": str(seed), **section.values}
+    needs = {name: others[name] for name in row.needs}
     words = list(_words(layers, script, where))
 
     def filled(values: Mapping[str, str], needs: Mapping[str, str], output: str) -> tuple[str, ...]:
@@ -189,12 +190,11 @@ def _run(
         "",
     )
     digest = hashlib.sha256(json.dumps([portable(str(script.path)), *resolved]).encode()).hexdigest()[:10]
-    parts = [task.name] if task.name else []
-    folder = output / "-".join([*parts, cell.name, f"seed{seed}", digest])
-    masked = filled({name: f"{{{name}}}" for name in values}, {name: f"{{{name}}}" for name in cell.needs}, "{output}")
+    folder = output / "-".join(filter(None, [task, cell, f"seed{seed}", digest]))
+    masked = filled({name: f"{{{name}}}" for name in values}, {name: f"{{{name}}}" for name in needs}, "{output}")
     return Run(
-        task=task.name,
-        cell=cell.name,
+        task=task,
+        cell=cell,
         seed=seed,
         folder=folder,
         portable=_join(["python", portable(str(script.path)), *map(portable, masked)]),

@@ -36,15 +36,15 @@ def summarize(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
     """
     lines = []
     for task in table.tasks:
-        mine = rows[rows["task"] == task.name]
+        mine = rows[rows["task"] == task]
         metrics = mine["metric"].dropna().unique() if "metric" in mine else []
-        by_cell = {cell.name: mine[mine["cell"] == cell.name].set_index("seed") for cell in table.cells}
-        for cell in table.cells:
-            last, best = (by_cell[cell.name][name].astype(float) * table.scale for name in ("last", "best"))
+        by_cell = {name: mine[mine["cell"] == name].set_index("seed") for name in table.cells}
+        for name, cell in table.cells.items():
+            last, best = (by_cell[name][column].astype(float) * table.scale for column in ("last", "best"))
             best = best[last.notna()]
             line = {
-                "task": task.name,
-                "cell": cell.name,
+                "task": task,
+                "cell": name,
                 "label": cell.label,
                 "metric": ", ".join(map(str, metrics)),
                 "n": int(last.count()),
@@ -52,7 +52,7 @@ def summarize(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
                 "last_std": last.std(),
                 "best_mean": best.mean(),
                 "best_std": best.std(),
-                "versus": table.versus(cell),
+                "versus": table.versus(name),
                 "difference": math.nan,
                 "low": math.nan,
                 "high": math.nan,
@@ -61,6 +61,6 @@ def summarize(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
             }
             if line["versus"]:
                 line |= paired_difference(last, by_cell[line["versus"]]["last"].astype(float) * table.scale)
-            published = cell.published.get(task.name, math.nan)
-            lines.append({**line, "published": published, "source": cell.source})
+            published = cell.published.value.get(task, math.nan)
+            lines.append({**line, "published": published, "source": cell.published.source})
     return pd.DataFrame(lines)
