@@ -45,43 +45,30 @@ def _message(text: str) -> WrapValidator:
     return WrapValidator(check)
 
 
-def _lines(value: Any) -> dict:
-    if value == "":  # a key with nothing behind it
-        return {}
-    if not isinstance(value, dict):
-        raise ValueError(f"expected `key: value` lines, got {value!r}")
-    return value
-
-
-_LINES = BeforeValidator(_lines)
 _NAME = Field(pattern=r"^\w[\w.-]*$", max_length=100)  # folders are called by it
-_TEXT = _message("expected a text, got {!r}")
 
-Text = Annotated[str, Field(min_length=1), _TEXT]
+Text = Annotated[str, _message("expected a text, got {!r}")]
 Name = Annotated[str, _NAME, _message("{!r} is no name; letters, digits, and . _ - inside, 100 at most")]
-Values = Annotated[dict[Name, Annotated[str, _message("expected one value, got {!r}")]], _LINES]
-Argument = Annotated[str | list[str], _message("expected one value or a list of values, got {!r}")]
-Arguments = Annotated[dict[str, Argument], _LINES]
+Values = dict[Name, Annotated[str, _message("expected one value, got {!r}")]]
+Arguments = dict[str, Annotated[str | list[str], _message("expected one value or a list of values, got {!r}")]]
 Number = Annotated[float, Field(allow_inf_nan=False), _message("{!r} is no number")]
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False), _message("{!r} is no number above 0")]
 PositiveInteger = Annotated[int, Field(gt=0), _message("{!r} is no whole number above 0")]
 
 
 class _Part(BaseModel, frozen=True):
-    """A mapping of the file; its keys are the fields, those without a default must not be empty."""
+    """A mapping of the file; its keys are the fields. A key with nothing behind it is like none."""
 
     @model_validator(mode="before")
     @classmethod
-    def check_keys(cls, content: Any) -> dict:
-        content = _lines(content)
-        fields = {field.alias or name: field for name, field in cls.model_fields.items()}
+    def check_keys(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content or {}
+        keys = [field.alias or name for name, field in cls.model_fields.items()]
         for key in content:
-            if key not in fields:
-                raise ValueError(f"unknown key {key!r}; {suggest(str(key), fields)}")
-        for key, field in fields.items():
-            if field.is_required() and not content.get(key):
-                raise ValueError(f"{key} is missing or empty")
-        return content
+            if key not in keys:
+                raise ValueError(f"unknown key {key!r}; {suggest(str(key), keys)}")
+        return {key: value for key, value in content.items() if value}
 
 
 class Published(_Part):
@@ -161,7 +148,7 @@ class Table(_Part):
 
     name: Name = Field(alias="table")
     title: Text
-    description: Annotated[str, _TEXT] = ""
+    description: Text = ""
     script: Text
     control: Text
     first_seed: PositiveInteger = 1
@@ -169,9 +156,9 @@ class Table(_Part):
     scale: PositiveNumber = 1.0
     placeholders: Values = {}
     base: Arguments = {}
-    tasks: Annotated[dict[Name, Task], _LINES, AfterValidator(lambda tasks: tasks or {"": Task()})] = {"": Task()}
-    cells: Annotated[dict[Name, Cell], _LINES]
-    curves: Annotated[dict[Name, Curve], _LINES] = {}
+    tasks: dict[Name, Task] = {"": Task()}
+    cells: dict[Name, Cell]
+    curves: dict[Name, Curve] = {}
     smoke: Arguments = {}
     _path: Path
 
@@ -251,16 +238,15 @@ def load_table(path: Path) -> Table:
     Raises:
         UserError: what is wrong, with the file and the key.
     """
-    content = _read(path)
-    if not isinstance(content, dict):
-        keys = ", ".join(field.alias or name for name, field in Table.model_fields.items())
-        raise UserError(f"{path.name}: a table file is a mapping with the keys {keys}")
     try:
-        table = Table.model_validate(content)
+        table = Table.model_validate(_read(path))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if part not in ("", "[key]"))
-        raise UserError(": ".join(filter(None, [path.name, key, first["msg"].removeprefix("Value error, ")]))) from None
+        own = {"missing": "this key is missing or empty"}
+        own |= dict.fromkeys(("dict_type", "model_type"), f"expected `key: value` lines, got {first['input']!r:.100}")
+        message = own.get(first["type"], first["msg"].removeprefix("Value error, "))
+        raise UserError(": ".join(filter(None, [path.name, key, message]))) from None
     table._path = path
     return table
 
