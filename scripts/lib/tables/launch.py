@@ -39,13 +39,7 @@ def unfinished(runs: Sequence[Run], done: Callable[[Run], bool]) -> list[Run]:
 
 
 def launch(
-    runs: Sequence[Run],
-    jobs: int,
-    *,
-    launcher: str,
-    options: Mapping[str, Any],
-    logs: Path,
-    finished: Callable[[Run], None] = lambda run: None,
+    runs: Sequence[Run], jobs: int, launcher: str, options: Mapping[str, Any], logs: Path, finished: Callable[[], Any]
 ) -> dict[Run, str]:
     """Run everything that can be run, `jobs` at a time.
 
@@ -55,7 +49,7 @@ def launch(
         launcher: "local" or "slurm".
         options: parameters of submitit's executor, such as slurm_partition.
         logs: folder for submitit's own files.
-        finished: called with every run that has ended well.
+        finished: called whenever a run has ended well.
 
     Returns:
         The runs that failed or could not be started, with the reason.
@@ -63,8 +57,9 @@ def launch(
     executor = _executor(launcher, options, logs)
     waiting, running, failed = list(runs), {}, {}
     slots = list(range(jobs))
-    bar = tqdm(total=len(waiting), unit="run", dynamic_ncols=True, smoothing=0, disable=not waiting)
-    interval, drawn = (1 if sys.stderr.isatty() else 60), 0.0  # seconds; a log file gets a line a minute
+    interval = 1 if sys.stderr.isatty() else 60  # seconds; a log file gets a line a minute
+    style = {"unit": "run", "dynamic_ncols": True, "smoothing": 0, "mininterval": interval, "miniters": 0}
+    bar = tqdm(total=len(waiting), disable=not waiting, **style)
     try:
         while waiting or running:
             for run in [run for run in waiting if any(need in failed for need in run.needs)]:
@@ -81,9 +76,7 @@ def launch(
                 run.folder.mkdir(parents=True, exist_ok=True)
                 running[run] = (_submit(executor, run, _environment(launcher, options, jobs, slot)), slot)
             bar.set_postfix_str("running: " + ", ".join(run.title for run in running), refresh=False)
-            if time.monotonic() - drawn > interval:
-                bar.refresh()
-                drawn = time.monotonic()
+            bar.update(0)  # drawn where the interval is over
             time.sleep(_POLL_SECONDS)
             for run, (job, slot) in list(running.items()):
                 if not job.done():
@@ -92,7 +85,7 @@ def launch(
                 slots.append(slot)
                 if run.finished:
                     bar.update()
-                    finished(run)
+                    finished()
                 else:
                     failed[run] = f"failed; the end of {short(run.folder / LOG)}:\n{_tail(run, job)}"
                     _report(bar, run, failed[run])

@@ -92,13 +92,7 @@ class Run:
 
 
 def plan(
-    table: Table,
-    values: Mapping[str, str],
-    seeds: int,
-    output: Path,
-    *,
-    more: Iterable[int] = (),
-    smoke: bool = False,
+    table: Table, values: Mapping[str, str], seeds: int, output: Path, *, more: Iterable[int] = (), smoke: bool = False
 ) -> list[Run]:
     """All runs of a table, seed by seed, so that an unfinished table has every cell equally often.
 
