@@ -1,5 +1,6 @@
 """The last metric of some cells against a setting of theirs, or against what they cost."""
 
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,13 +103,9 @@ def _draw(table: Table, name: str, panels: dict[str, _Panel], folder: Path) -> N
 
 def spans(seeds: list[int]) -> str:
     """`seed 1` or `seeds 1-3, 5`, of rising numbers."""
-    found: list[list[int]] = []
-    for seed in seeds:
-        if found and seed == found[-1][1] + 1:
-            found[-1][1] = seed
-        else:
-            found.append([seed, seed])
-    words = [str(first) if first == last else f"{first}-{last}" for first, last in found]
+    unbroken = itertools.groupby(enumerate(seeds), lambda pair: pair[1] - pair[0])
+    rows = [[seed for _, seed in row] for _, row in unbroken]
+    words = [f"{row[0]}-{row[-1]}" if len(row) > 1 else str(row[0]) for row in rows]
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(words)}"
 
 

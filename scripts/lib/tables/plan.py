@@ -109,9 +109,8 @@ def plan(
     """
     for name in values:
         if name not in table.placeholders:
-            raise UserError(
-                f"--set {name}: {table.path.name} has no such placeholder; {suggest(name, table.placeholders)}"
-            )
+            valid = suggest(name, table.placeholders)
+            raise UserError(f"--set {name}: {table.path.name} has no such placeholder; {valid}")
     script = find_script(table)
     values = {**table.placeholders, **values}
     runs: dict[Run, None] = {}  # in order; a shared cell comes up with every seed
@@ -132,9 +131,8 @@ def find_script(table: Table) -> Script:
     for base in (table.path.parent, ROOT):
         if (base / table.script).is_file():
             return Script((base / table.script).resolve())
-    raise UserError(
-        f"{table.path.name}: script: there is no file {table.script!r}; {suggest(table.script, SCRIPTS)}, or a path"
-    )
+    valid = suggest(table.script, SCRIPTS)
+    raise UserError(f"{table.path.name}: script: there is no file {table.script!r}; {valid}, or a path")
 
 
 def short(path: Path) -> str:

@@ -17,10 +17,8 @@ _MATH = str.maketrans({"±": r"$\pm$", "<": "$<$", ">": "$>$"})
 _TEXTS = ("Task", "Method", "compared with")  # columns of words, set to the left
 
 
-def render(
-    table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path, curves: Sequence[str] = ()
-) -> list[Path]:
-    """Write `table.md` (with links to the pictures of `curves`), `table.tex` and `table.csv`; returns their paths."""
+def render(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path, curves: Sequence[str] = ()) -> None:
+    """Write `table.md` (with links to the pictures of `curves`), `table.tex` and `table.csv`."""
     shown = summary[summary["n"] > 0]
     texts = {
         "table.md": markdown(table, shown, rows, curves),
@@ -29,7 +27,6 @@ def render(
     }
     for name, text in texts.items():
         write_text(folder / name, text)
-    return [folder / name for name in texts]
 
 
 def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, curves: Sequence[str] = ()) -> str:
@@ -59,19 +56,14 @@ def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, curves: Se
     sources = summary.loc[summary["published"].notna(), "source"].unique()
     if len(sources):
         notes.append(f"Published elsewhere, not measured here: {'; '.join(sources)}.")
-    for column, text in (
-        ("placeholders", "With"),
-        ("device", "Measured on"),
-        ("git_revision", "Revisions"),
-        ("versions", "Versions"),
-    ):
-        if column in rows:
-            found = [str(value) for value in rows[column].dropna().unique() if value]
-            notes.append(f"{text}: {'; '.join(found)}." if found else "")
+    columns = {"placeholders": "With", "device": "Measured on", "git_revision": "Revisions", "versions": "Versions"}
+    for column, text in columns.items():
+        found = [str(value) for value in rows.get(column, pd.Series()).dropna().unique() if value]
+        notes += [f"{text}: {'; '.join(found)}."] if found else []
     name = table.path.stem if table.path.parent == FOLDER else table.path.name
     command = f"`python scripts/reproduce.py {name}`"
     notes.append(f"Every run is a row of [runs.csv](runs.csv), with its command; {command} makes the whole table.")
-    return "\n\n".join(filter(None, [*parts, "\n".join(f"- {note}" for note in notes if note)])) + "\n"
+    return "\n\n".join(filter(None, [*parts, "\n".join(f"- {note}" for note in notes)])) + "\n"
 
 
 def latex(table: Table, summary: pd.DataFrame) -> str:
