@@ -60,12 +60,17 @@ def launch(
     interval = 1 if sys.stderr.isatty() else 60  # seconds; a log file gets a line a minute
     style = {"unit": "run", "dynamic_ncols": True, "smoothing": 0, "mininterval": interval, "miniters": 0}
     bar = tqdm(total=len(waiting), disable=not waiting, **style)
+
+    def fail(run: Run, reason: str) -> None:
+        failed[run] = reason
+        bar.update()
+        bar.write(f"{run.title}: {reason}")
+
     try:
         while waiting or running:
             for run in [run for run in waiting if any(need in failed for need in run.needs)]:
                 waiting.remove(run)
-                failed[run] = "not run: it needs " + ", ".join(need.title for need in run.needs if need in failed)
-                _report(bar, run, failed[run])
+                fail(run, "not run: it needs " + ", ".join(need.title for need in run.needs if need in failed))
             needed = dict.fromkeys(need for run in waiting for need in run.needs)  # in order
             for run in [n for n in needed if not (n.finished or n in running or n in failed or n in waiting)]:
                 waiting.insert(0, run)  # its folder was there when the runner started
@@ -74,7 +79,7 @@ def launch(
                 waiting.remove(run)
                 slot = slots.pop(0)
                 run.folder.mkdir(parents=True, exist_ok=True)
-                running[run] = (_submit(executor, run, _environment(launcher, options, jobs, slot)), slot)
+                running[run] = _submit(executor, run, _environment(launcher, options, jobs, slot)), slot
             bar.set_postfix_str("running: " + ", ".join(run.title for run in running), refresh=False)
             bar.update(0)  # drawn where the interval is over
             time.sleep(_POLL_SECONDS)
@@ -87,8 +92,7 @@ def launch(
                     bar.update()
                     finished()
                 else:
-                    failed[run] = f"failed; the end of {short(run.folder / LOG)}:\n{_tail(run, job)}"
-                    _report(bar, run, failed[run])
+                    fail(run, f"failed; the end of {short(run.folder / LOG)}:\n{_tail(run, job)}")
     finally:
         for job, _ in running.values():
             job.cancel(check=False)
@@ -109,15 +113,9 @@ def execute(run: Run, environment: Mapping[str, str]) -> None:
         command = run.command()  # not earlier: whoever had the lock may have left a checkpoint to resume from
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=(lock.fileno(),),
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        environment = {**os.environ, **environment}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=(lock.fileno(),), **streams)
         try:
             # not wait(): interrupted, it first gives the command a quarter of a second, and submitit kills after one
             while (code := process.poll()) is None:
@@ -178,8 +176,3 @@ def _tail(run: Run, job: Any, lines: int = 12) -> str:
     log = run.folder / LOG
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else job.stderr() or "nothing"
     return "\n".join(f"    {line}" for line in text.rstrip().splitlines()[-lines:])
-
-
-def _report(bar: tqdm, run: Run, reason: str) -> None:
-    bar.update()
-    bar.write(f"{run.title}: {reason}")

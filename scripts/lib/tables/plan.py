@@ -176,11 +176,8 @@ def _run(
         return tuple(_fill(word, known, where) for word in (*words, script.seed, "{seed}", script.output, "{output}"))
 
     # neither the folder of the runs nor that of the repository is part of what a run is
-    resolved = filled(
-        {name: short(Path(value)) if Path(value).is_absolute() else value for name, value in values.items()},
-        {name: run.folder.name for name, run in needs.items()},
-        "",
-    )
+    placed = {name: short(Path(value)) if Path(value).is_absolute() else value for name, value in values.items()}
+    resolved = filled(placed, {name: run.folder.name for name, run in needs.items()}, "")
     digest = hashlib.sha256(json.dumps([portable(str(script.path)), *resolved]).encode()).hexdigest()[:10]
     folder = output / "-".join(filter(None, [task, cell, f"seed{seed}", digest]))
     masked = filled({name: f"{{{name}}}" for name in values}, {name: f"{{{name}}}" for name in needs}, "{output}")

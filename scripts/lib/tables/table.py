@@ -13,6 +13,8 @@ from pydantic import (
     BeforeValidator,
     Field,
     ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
     WrapValidator,
     field_validator,
     model_validator,
@@ -36,7 +38,7 @@ def suggest(wrong: str, valid: Iterable[str]) -> str:
 def _message(text: str) -> WrapValidator:
     """Whatever is wrong with a value, this is said about it."""
 
-    def check(value: Any, handler):
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
             return handler(value)
         except ValidationError:
@@ -129,18 +131,18 @@ class Curve(_Part):
     x: Annotated[Literal["cost"], _COST] | None = None
     cells: dict[str, Number | None]
 
-    @property
-    def by_cost(self) -> bool:
-        return self.x == "cost"
-
     @field_validator("cells", mode="before")
     @classmethod
-    def read_cells(cls, value: Any, info) -> dict:
+    def read_cells(cls, value: Any, info: ValidationInfo) -> dict:
         by_cost = info.data.get("x") == "cost"
         if not isinstance(value, list if by_cost else dict):
             form = "a list of cells" if by_cost else "`cell: value` lines (or x: cost and a list of cells)"
             raise ValueError(f"expected {form}, got {value!r}")
         return {str(cell): None for cell in value} if by_cost else value
+
+    @property
+    def by_cost(self) -> bool:
+        return self.x == "cost"
 
 
 class Table(_Part):
