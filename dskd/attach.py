@@ -132,9 +132,8 @@ class Attachment:
             wanted = [D * scale for D in wanted]
         weights = [self.loss.students[i] for i in places]
         for W in weights:
-            if W.grad is None:
-                W.grad = torch.zeros_like(W)
-        torch._foreach_add_([W.grad for W in weights], wanted, alpha=self.weight)
+            W.grad = torch.zeros_like(W) if W.grad is None else W.grad
+        torch._foreach_add_([W.grad for W in weights if W.grad is not None], wanted, alpha=self.weight)
 
 
 def _unwrapped(optimizer: Any) -> Optimizer:

@@ -190,5 +190,6 @@ def _generator(seed: int, numbers: Tensor) -> torch.Generator:
 
 
 def _with_norm_of(gradient_mn: Tensor, other_mn: Tensor) -> Tensor:
-    wanted, norm = (torch.linalg.matrix_norm(each, keepdim=True) for each in (gradient_mn, other_mn))
+    wanted: Tensor = torch.linalg.matrix_norm(gradient_mn, keepdim=True)
+    norm: Tensor = torch.linalg.matrix_norm(other_mn, keepdim=True)
     return other_mn * (wanted / torch.where(norm > 0, norm, 1.0))

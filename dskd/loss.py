@@ -13,7 +13,6 @@ gradient are computed along them (`_expand`). The formulas are in readings/ and 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +26,11 @@ from .observed import ObservedStep
 from .processes import collect, share
 from .readings import Own, Reading
 from .reports import Reports
-from .state import load_state, saved_state
+from .state import Saved
 from .watch import Watch
 
 
-class DirectionSensitivityLoss(Reports):
+class DirectionSensitivityLoss(Reports, Saved):
     """L_DSKD, the mean alignment loss over matched pairs of layers, with directions that follow the optimizer.
 
     Calling it gives the loss, a scalar whose gradient goes to the student's weights. It must see every optimizer step,
@@ -76,7 +75,8 @@ class DirectionSensitivityLoss(Reports):
             raise TypeError(f"reading must be one such as Own(rank=32), got {reading!r}")
         self.svd_steps, self.grad_steps, self.drift = svd_steps, grad_steps, drift
         self.steps = self.choices = self.expansions = 0
-        self.names, self.students, self.teachers = ([pair[place] for pair in pairs] for place in range(3))
+        self.names = [name for name, _, _ in pairs]
+        self.students, self.teachers = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
         self.groups = group_by_shape(pairs)
         self.held: Held | None = None
         self.starts: list[Tensor] = []  # with span "interval": the weights after every pair's last choice
@@ -215,11 +215,3 @@ class DirectionSensitivityLoss(Reports):
             offset = None if each_step else inner_product(gradients, [W.detach() for W in self.students])
         origin = [W.detach().clone() for W in self.students] if self.drift else []
         return Held(value, gradients, offset, self.steps, origin)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to continue bit for bit: counters, directions, the held gradient."""
-        return saved_state(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`; a ValueError if that is of other pairs or of another reading."""
-        load_state(self, state)

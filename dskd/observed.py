@@ -40,7 +40,8 @@ class ObservedStep:
             self._noted[i], self._versions[i] = grad, _version(grad)
             if self.before is not None:
                 self.gradients[i] = grad.clone() if grad is not None and self._copy else grad
-                self._hooks.append(self.weights[i].register_post_accumulate_grad_hook(self._note_late))
+                register = self.weights[i].register_post_accumulate_grad_hook
+                self._hooks.append(register(self._note_late))  # type: ignore[no-untyped-call]
 
     def _note_late(self, _: Tensor) -> None:
         self._late = True

@@ -54,7 +54,8 @@ class Curvature(Reading):
     def weights(self, chosen: State) -> Tensor:
         """The eigenvalues (rows, r) of the smaller factor, falling, divided by their sum."""
         smaller = min(chosen["left"], chosen["right"], key=lambda factor: factor.shape[-1])
-        return torch.linalg.eigvalsh(smaller).flip(-1).clamp(min=0) / smaller.shape[-1]
+        eigenvalues: Tensor = torch.linalg.eigvalsh(smaller)
+        return eigenvalues.flip(-1).clamp(min=0) / smaller.shape[-1]
 
 
 def _identities(matrix_mn: Tensor, side: int) -> Tensor:
