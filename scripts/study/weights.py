@@ -13,7 +13,7 @@ from common.run.errors import Parser, UserError, run_cli
 from common.run.files import check_writable, write_text
 from common.torchvision_repair import repair_torchvision
 from scripts.lib.report.load import load_run
-from scripts.lib.report.networks import has_networks, weight_pairs
+from scripts.lib.report.networks import Pairs, has_networks, weight_pairs
 
 
 def main() -> None:
@@ -47,25 +47,18 @@ def main() -> None:
         write_text(args.output, table.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
 
 
-def closeness(pairs) -> dict[str, float]:
+def closeness(pairs: Pairs) -> dict[str, float]:
     """Mean, lowest and highest cosine of W_s and W_t over the pairs; means of ||W_s - W_t||_F / ||W_t||_F, of ||W_s||_F
     and of the largest singular value of W_s."""
-    cosines, distances, norms, largest = [], [], [], []
-    for _, student, teacher in pairs:
-        largest.append(float(torch.linalg.matrix_norm(as_matrix(student.detach()).double(), 2)))
-        student, teacher = student.detach().double().flatten(), teacher.detach().double().flatten()
-        norms.append(float(student.norm()))
-        cosines.append(float(student @ teacher / (student.norm() * teacher.norm())))
-        distances.append(float((student - teacher).norm() / teacher.norm()))
-    count = len(cosines)
-    return {
-        "cosine": sum(cosines) / count,
-        "lowest": min(cosines),
-        "highest": max(cosines),
-        "distance": sum(distances) / count,
-        "norm": sum(norms) / count,
-        "sigma_1": sum(largest) / count,
-    }
+    rows = []
+    for _, *weights in pairs:
+        student, teacher = (as_matrix(weight.detach()).double() for weight in weights)
+        cosine = (student * teacher).sum() / (student.norm() * teacher.norm())
+        largest = torch.linalg.matrix_norm(student, 2)
+        rows.append([cosine, (student - teacher).norm() / teacher.norm(), student.norm(), largest])
+    cosines, *others = torch.tensor(rows).T
+    means = dict(zip(("distance", "norm", "sigma_1"), (float(column.mean()) for column in others), strict=True))
+    return {"cosine": float(cosines.mean()), "lowest": float(cosines.min()), "highest": float(cosines.max()), **means}
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.cv_fixtures import read_run, save_teacher, short_config
-from tests.nlp_fixtures import execute, flags, tiny, weights_of  # noqa: F401
+from cv_fixtures import read_run, save_teacher, short_config
+from nlp_fixtures import execute, flags, tiny, weights_of  # noqa: F401
 
 from common.run.choices import ChoiceLog
 from common.run.errors import UserError
@@ -22,10 +22,12 @@ from common.svd_loss import DirectionSensitivityLoss
 from cv.config import as_dict
 from cv.trainer import train
 from scripts import report as script
-from scripts.lib.report import plots, single
+from scripts.lib.report import plots
 from scripts.lib.report.heatmaps import overlaps, thinned
-from scripts.lib.report.load import Choice, Selected, labels, load_run
+from scripts.lib.report.labels import labels
+from scripts.lib.report.load import Choice, Selected, load_run
 from scripts.lib.report.networks import weight_pairs
+from scripts.lib.report.page import report
 from scripts.lib.report.spectra import first_middle_last, singular_values, weight_spectrum
 
 HOSTILE = '<script>alert("x")</script>'
@@ -286,7 +288,7 @@ def test_the_teacher_of_a_run_that_trained_its_predecessor_is_that_one(tmp_path,
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory) -> str:
     """The page of a finished text run with DSKD."""
-    return single.report(load_run(text_run(tmp_path_factory.mktemp("shown"))))
+    return report([load_run(text_run(tmp_path_factory.mktemp("shown")))])
 
 
 def test_the_page_stands_alone_and_is_accessible(shown):

@@ -19,8 +19,7 @@ _TICKS = ((0.8, (1, 1.2, 1.5, 2, 3, 5)), (2, (1, 2, 5)), (np.inf, (1,)))
 
 def first_middle_last(choices: Sequence[Choice]) -> list[Choice]:
     """Three of them, or as many as there are."""
-    last = len(choices) - 1
-    return [choices[i] for i in sorted({0, (last + 1) // 2, last})]
+    return [choices[i] for i in sorted({0, len(choices) // 2, len(choices) - 1}) if choices]
 
 
 def update_spectra(choices: Sequence[Choice], pairs: Sequence[str]) -> dict[str, str]:
