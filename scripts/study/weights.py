@@ -6,6 +6,7 @@ python -m scripts.study.weights outputs/reproduce/*-seed1-* --output results/sta
 import argparse
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from common.matrices import as_matrix
@@ -28,8 +29,6 @@ def main() -> None:
         if args.output.is_dir():
             raise UserError(f"--output {args.output} is a folder; give the name of a file")
     repair_torchvision()
-    import pandas as pd
-
     lines = []
     for folder in args.folders:
         run = load_run(folder)
@@ -53,12 +52,13 @@ def closeness(pairs: Pairs) -> dict[str, float]:
     rows = []
     for _, *weights in pairs:
         student, teacher = (as_matrix(weight.detach()).double() for weight in weights)
-        cosine = (student * teacher).sum() / (student.norm() * teacher.norm())
-        largest = torch.linalg.matrix_norm(student, 2)
-        rows.append([cosine, (student - teacher).norm() / teacher.norm(), student.norm(), largest])
-    cosines, *others = torch.tensor(rows).T
-    means = dict(zip(("distance", "norm", "sigma_1"), (float(column.mean()) for column in others), strict=True))
-    return {"cosine": float(cosines.mean()), "lowest": float(cosines.min()), "highest": float(cosines.max()), **means}
+        row = {"sigma_1": torch.linalg.matrix_norm(student, 2), "norm": student.norm()}
+        row["cosine"] = (student * teacher).sum() / (student.norm() * teacher.norm())
+        rows.append(row | {"distance": (student - teacher).norm() / teacher.norm()})
+    table = pd.DataFrame(rows).astype(float)
+    means, cosine = table.mean(), table["cosine"]
+    bounds = {"lowest": cosine.min(), "highest": cosine.max()}
+    return {"cosine": means["cosine"], **bounds, **means[["distance", "norm", "sigma_1"]]}
 
 
 if __name__ == "__main__":

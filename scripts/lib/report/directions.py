@@ -55,7 +55,7 @@ def _overlap(run: Run) -> str | None:
     shared, jaccard = heatmaps.overlaps(run.choices, run.pairs)
     steps = np.array([choice.step for choice in run.choices[1:]])
     lines = {"weights": (steps, shared.mean(1)), "sets": (steps, jaccard.mean(1))}
-    return plots.curves(lines, "share kept", band=(shared.min(1), shared.max(1)))
+    return plots.curves(lines, "share kept", dashed="sets", band=(shared.min(1), shared.max(1)))
 
 
 def _distance(run: Run) -> str:
@@ -64,7 +64,7 @@ def _distance(run: Run) -> str:
     labels = [pair if pair in (pairs[0], pairs[-1]) else f"_{pair}" for pair in pairs]
     lines = {label: (steps, row) for label, row in zip(labels, rows, strict=True)} | {"mean": (steps, rows.mean(0))}
     colors = [*mpl.colormaps["viridis"](np.linspace(0, 0.92, len(pairs))), plots.COLORS[1]]
-    return plots.curves(lines, "relative distance", colors=colors, span=plots.DISTANCE_SPAN)
+    return plots.curves(lines, "relative distance", colors=colors, dashed="mean", span=plots.DISTANCE_SPAN)
 
 
 def _figures(run: Run, pair: str) -> list[Any]:

@@ -48,9 +48,9 @@ def weight_legend() -> str:
     """The colours of `weight_map`."""
     with drawing((4.2, 0.75)) as (figure, axis):
         mappable = mpl.cm.ScalarMappable(_WEIGHTS, _COLORS)
-        bar = figure.colorbar(mappable, cax=axis, orientation="horizontal", ticks=[1e-3, 1e-2, 1e-1, 1])
+        label = "weight of a direction (black: not selected)"
+        bar = figure.colorbar(mappable, cax=axis, orientation="horizontal", ticks=[1e-3, 1e-2, 1e-1, 1], label=label)
         bar.set_ticklabels(["0.001 or less", "0.01", "0.1", "1"])
-        bar.set_label("weight of a direction (black: not selected)")
         return svg(figure)
 
 

@@ -1,6 +1,5 @@
 """Names of several runs on one page: what tells them apart."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,12 +42,11 @@ def labels(runs: Sequence[Run]) -> list[str]:
         told = [(i, run) for i, run in enumerate(runs) if run.has_dskd or word in _TOLD]
         for task in tasks:
             tell(word, {i: run.setting(*keys) for i, run in told if run.task == task})
-    for name in _repeated(names):
+    for name in {name for name in names if names.count(name) > 1}:
         alike = [i for i, other in enumerate(names) if other == name]
         for key in dict.fromkeys(key for i in alike for key in runs[i].settings if key not in _PLACES):
             tell(key, {i: runs[i].settings.get(key) for i in alike})
-    same = _repeated(names)
-    return [f"{name} [{run.folder}]" if name in same else name for run, name in zip(runs, names, strict=True)]
+    return [name + f" [{run.folder}]" * (names.count(name) > 1) for run, name in zip(runs, names, strict=True)]
 
 
 def without_dskd(run: Run, runs: Sequence[Run]) -> Run | None:
@@ -59,7 +57,3 @@ def without_dskd(run: Run, runs: Sequence[Run]) -> Run | None:
 def _rest(run: Run) -> list[Any]:
     keys = [("DISTILLER.TYPE", "method"), ("DISTILLER.START", ""), *_TOLD.values()]
     return [run.task, run.seed, *(run.setting(*names) for names in keys)]
-
-
-def _repeated(names: Sequence[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]

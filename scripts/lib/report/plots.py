@@ -30,6 +30,7 @@ def curves(
     choices: Sequence[int] = (),
     legend: Sequence[str] = (),
     colors: Sequence = COLORS,
+    dashed: str = "",
     band: tuple[np.ndarray, np.ndarray] | None = None,
     best: bool = False,
     span: float | None = None,
@@ -41,6 +42,7 @@ def curves(
         steps_per_epoch: adds an axis of epochs on top.
         choices: steps of choices of directions, dotted if there are not too many.
         legend: labels of all plots of a page, so that each has one colour throughout; names even a single line.
+        dashed: label of a line that is drawn dashed.
         band: from where to where the area around the first line is filled.
         best: marks the highest value of every line.
         span: the least that the axis of values covers, not to magnify noise; without it the axis starts at 0.
@@ -57,7 +59,8 @@ def curves(
             axis.fill_between(next(iter(series.values()))[0], *band, color=colors[0], alpha=0.2, linewidth=0)
         for label, (steps, values) in series.items():
             turn, place = divmod(order.index(label), len(colors))
-            looks = {"color": colors[place], "linestyle": STYLES[turn % len(STYLES)], "linewidth": 1.3, "markersize": 4}
+            style = "--" if label == dashed else STYLES[turn % len(STYLES)]
+            looks = {"color": colors[place], "linestyle": style, "linewidth": 1.3, "markersize": 4}
             marker = "o" if len(steps) == 1 else "." if len(steps) < _MANY_POINTS else None
             axis.plot(steps, values, label=labels[label], marker=marker, **looks)
             if best:
@@ -79,8 +82,8 @@ def curves(
 @contextmanager
 def panel() -> Iterator[tuple[Figure, Axes]]:
     """A small drawing, one of many: the same margins in all, so that they line up and take little time."""
-    with drawing((2.3, 1.8), font=8, layout=None) as (figure, axis):
-        figure.subplots_adjust(left=0.26, right=0.92, bottom=0.14, top=0.95)
+    with drawing((2.1, 1.65), font=8, layout=None) as (figure, axis):
+        figure.subplots_adjust(left=0.28, right=0.92, bottom=0.15, top=0.95)
         yield figure, axis
 
 
