@@ -56,8 +56,7 @@ def closeness(pairs: Pairs) -> dict[str, float]:
         row["cosine"] = (student * teacher).sum() / (student.norm() * teacher.norm())
         rows.append(row | {"distance": (student - teacher).norm() / teacher.norm()})
     table = pd.DataFrame(rows).astype(float)
-    means, cosine = table.mean(), table["cosine"]
-    bounds = {"lowest": cosine.min(), "highest": cosine.max()}
+    means, bounds = table.mean(), {"lowest": table["cosine"].min(), "highest": table["cosine"].max()}
     return {"cosine": means["cosine"], **bounds, **means[["distance", "norm", "sigma_1"]]}
 
 

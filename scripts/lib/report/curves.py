@@ -52,8 +52,8 @@ def _drawn(*plots: tuple[str, str, Series, dict], legend: Sequence[str] = ()) ->
     drawn = []
     for key, name, series, how in plots:
         series = {label: points for label, points in series.items() if len(points[0])}
+        lonely = any(len(steps) == 1 for steps, _ in series.values())
         if series:
-            lonely = any(len(steps) == 1 for steps, _ in series.values())
             svg = curves(series, **{"ylabel": name, "legend": legend, **how})
             drawn.append({"svg": svg, "name": name, "key": key, "lonely": lonely})
     return drawn

@@ -13,7 +13,7 @@ from scripts.lib.report.load import Choice, Selected
 from scripts.lib.report.plots import drawing, panel, svg
 
 _COLUMNS = 150  # choices drawn at most
-_LINEAR = 64  # of more directions than these, the axis is logarithmic
+_LINEAR, _ROWS = 64, 48  # of more directions than 64, neighbours share one of 48 logarithmic rows, not to vanish
 _COLORS = "viridis"  # bright is much
 _WEIGHTS = LogNorm(1e-3, 1, clip=True)
 
@@ -27,15 +27,14 @@ def thinned(choices: Sequence[Choice]) -> list[Choice]:
 def weight_map(choices: Sequence[Choice], pair: str, end: int) -> str:
     """Weight of every direction of a pair (1 = largest singular value) from each choice to the next, at last `end`."""
     chosen = [choice.weights[pair] for choice in choices]
-    weights = np.zeros((1 + max(each.index.max() for each in chosen), len(chosen)))
-    for column, each in enumerate(chosen):
-        weights[each.index, column] = each.weight
+    count = 1 + max(each.index.max() for each in chosen)
+    edges = np.arange(1, count + 2) if count <= _LINEAR else np.unique(np.geomspace(1, count + 1, _ROWS + 1).round())
+    weights = [np.histogram(each.index + 1, bins=edges, weights=each.weight)[0] for each in chosen]
     with panel() as (figure, axis):
-        edges = np.arange(1, len(weights) + 2)
-        seen = np.ma.masked_equal(weights, 0)
+        seen = np.ma.masked_equal(weights, 0).T
         axis.pcolormesh(_spans(choices, end), edges, seen, norm=_WEIGHTS, cmap=_COLORS, rasterized=True)
         axis.set_facecolor("black")
-        if len(weights) > _LINEAR:
+        if count > _LINEAR:
             axis.set_yscale("log")
             axis.yaxis.set_minor_locator(NullLocator())
         axis.invert_yaxis()
@@ -72,8 +71,7 @@ def effective_map(choices: Sequence[Choice], pairs: Sequence[str], end: int) -> 
 def overlaps(choices: Sequence[Choice], pairs: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Of consecutive choices, (choices - 1, pairs): sum_i min(w_i, w'_i), and the Jaccard index of the sets."""
     rows = [[_overlap(a.weights[pair], b.weights[pair]) for pair in pairs] for a, b in pairwise(choices)]
-    shared, jaccard = np.moveaxis(np.array(rows), -1, 0)
-    return shared, jaccard
+    return tuple(np.moveaxis(np.array(rows), -1, 0))
 
 
 def _overlap(before: Selected, after: Selected) -> tuple[float, float]:

@@ -36,9 +36,8 @@ def report(runs: Sequence[Run]) -> str:
             "curves": curves.of_several(runs, names),
         }
     content["runs"] = [(name, headline(run), run.settings.items()) for name, run in zip(names, runs, strict=True)]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    templates = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=templates, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["base64"] = lambda svg: base64.b64encode(svg.encode()).decode()
     page = environment.get_template("page.html.j2").render(content)
     return page.encode("utf-8", "replace").decode()  # file names and settings can hold what UTF-8 cannot

@@ -68,15 +68,20 @@ def curves(
                     steps[values.argmax()], values.max(), "o", color=colors[place], fillstyle="none", markersize=7
                 )
         axis.set(xlabel="optimizer step", ylabel=plain(ylabel))
-        low, high = axis.get_ylim()
-        margin = max((span or 0) - (high - low), 0) / 2
-        axis.set_ylim((0, None) if span is None else (low - margin, high + margin))
+        axis.set_xlim(_widened(axis.get_xlim(), 2))
+        axis.set_ylim((0, 1.05 * axis.get_ylim()[1]) if span is None else _widened(axis.get_ylim(), span))
         if steps_per_epoch:
             functions = (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
             axis.secondary_xaxis("top", functions=functions).set_xlabel("epoch")
         if legend or len(series) > 1:
             figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
         return svg(figure)
+
+
+def _widened(limits: tuple[float, float], span: float) -> tuple[float, float]:
+    low, high = limits
+    margin = max(span - (high - low), 0) / 2
+    return low - margin, high + margin
 
 
 @contextmanager
