@@ -81,7 +81,7 @@ def direction_sensitivity(update: Tensor, grad: Tensor, alpha: float, driver: st
         raise ValueError(f"update and grad must be matrices of one shape, got {shape_of(update)} and {shape_of(grad)}")
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha (training progress) must lie in [0, 1], got {alpha}")
-    update_mn, grad_mn = (unit_scale(tall(working(t.detach()))) for t in (update, grad))
+    update_mn, grad_mn = (unit_scale(tall(working(t.detach())))[0] for t in (update, grad))
     return scored_directions(sensitivity, update_mn, grad_mn, alpha, driver, rank)[0]
 
 

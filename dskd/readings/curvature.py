@@ -75,7 +75,7 @@ def add_curvature(left: Tensor, right: Tensor, grad: Tensor, share: float) -> tu
     Returns:
         The new means, in new memory.
     """
-    grad_mn = unit_scale(grad)
+    grad_mn, _ = unit_scale(grad)
     total = grad_mn.square().sum((-2, -1), keepdim=True)
     unit_mn = grad_mn / torch.where(total > 0, total, 1.0).sqrt()
     m, n = grad.shape[-2:]

@@ -26,6 +26,7 @@ from ..matrices import (
     check_driver,
     columns,
     right_singular,
+    right_singular_of_unit,
     shape_of,
     tall,
     unit_scale,
@@ -43,6 +44,8 @@ from ..sensitivity import (
     uniform_weights,
 )
 from .reading import Reading, State, check_span
+
+_SMALLEST = 1e-15  # of the largest singular value of a matrix of unit scale, which is 1 or more unless all is zero
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,7 +83,7 @@ class Own(Reading):
 
     def choose(self, update_mn: Tensor, gradient_mn: Tensor, progress: float, chosen: State) -> State:
         """Weights (rows, r), and the update's singular values (rows, r) in units of the largest, as `spectrum`."""
-        tall_mn, gradient_mn = unit_scale(tall(update_mn)), unit_scale(tall(gradient_mn))
+        tall_mn, gradient_mn = unit_scale(tall(update_mn))[0], unit_scale(tall(gradient_mn))[0]
         scores_n, sigma_q, _ = scored_directions(self.score, tall_mn, gradient_mn, progress, self.driver, self.rank)
         spectrum_n = padded(sigma_q / sigma_q[..., :1], scores_n.shape[-1])
         return {"weights": select_directions(scores_n, self.rank), "spectrum": spectrum_n}
@@ -156,12 +159,13 @@ def own_value_and_gradient(
     low_rank_mn: T~ (..., m, n).
     """
     root_n, index_k = _selected(weights_n, count)
-    sigma_n, V_nn = right_singular(student_mn, driver)
-    gap_mn = _weighted(student_mn, V_nn, root_n, index_k) - low_rank_mn
+    unit_mn, _ = unit_scale(student_mn)
+    sigma_n, V_nn = right_singular_of_unit(unit_mn, driver)
+    gap_mn = _weighted(student_mn, V_nn, root_n, index_k).sub_(low_rank_mn)
     if index_k is None:
-        gradient_mn = _gradient_of_many(student_mn, gap_mn, sigma_n, V_nn, root_n, smoothing)
+        gradient_mn = _gradient_of_many(unit_mn, gap_mn, sigma_n, V_nn, root_n, smoothing)
     else:
-        gradient_mn = _gradient_of_few(student_mn, gap_mn, sigma_n, V_nn, root_n, index_k, smoothing)
+        gradient_mn = _gradient_of_few(unit_mn, gap_mn, sigma_n, V_nn, root_n, index_k, smoothing)
     return gap_mn.square().sum((-2, -1)), gradient_mn
 
 
@@ -190,17 +194,17 @@ def _projection(V_nn: Tensor, root_n: Tensor) -> Tensor:
 
 
 def _gradient_of_many(
-    student_mn: Tensor, gap_mn: Tensor, sigma_n: Tensor, V_nn: Tensor, root_n: Tensor, smoothing: float
+    unit_mn: Tensor, gap_mn: Tensor, sigma_n: Tensor, V_nn: Tensor, root_n: Tensor, smoothing: float
 ) -> Tensor:
-    F_nn, scale = _divided_differences(sigma_n, sigma_n, root_n, root_n, smoothing)
-    unit_mn = student_mn / scale
+    """D of students in whatever unit: the second term does not depend on it, while sigma is in the same."""
+    F_nn = _divided_differences(sigma_n, sigma_n, root_n, root_n, smoothing)
     B_nn = V_nn.mT @ (unit_mn.mT @ gap_mn) @ V_nn
     S_nn = 2 * F_nn * (B_nn + B_nn.mT)
-    return gap_mn @ (2 * _projection(V_nn, root_n)) + unit_mn @ (V_nn @ S_nn @ V_nn.mT)
+    return (gap_mn @ (2 * _projection(V_nn, root_n))).add_(unit_mn @ (V_nn @ S_nn @ V_nn.mT))
 
 
 def _gradient_of_few(
-    student_mn: Tensor,
+    unit_mn: Tensor,
     gap_mn: Tensor,
     sigma_n: Tensor,
     V_nn: Tensor,
@@ -210,8 +214,7 @@ def _gradient_of_few(
 ) -> Tensor:
     """With Y = V S_nk, where the rows of S in K are halved, V S V^T is Y V_K^T + V_K Y^T."""
     V_nk, root_k = columns(V_nn, index_k), root_n.gather(-1, index_k)
-    F_nk, scale = _divided_differences(sigma_n, sigma_n.gather(-1, index_k), root_n, root_k, smoothing)
-    unit_mn = student_mn / scale
+    F_nk = _divided_differences(sigma_n, sigma_n.gather(-1, index_k), root_n, root_k, smoothing)
     unit_V_mk, gap_V_mk = unit_mn @ V_nk, 2 * (gap_mn @ V_nk)
     S_nk = F_nk * (V_nn.mT @ (unit_mn.mT @ gap_V_mk + 2 * (gap_mn.mT @ unit_V_mk)))
     halved_n = torch.ones_like(sigma_n).scatter(-1, index_k, 0.5)
@@ -219,16 +222,15 @@ def _gradient_of_few(
     return (gap_V_mk * root_k.unsqueeze(-2) + unit_mn @ Y_nk) @ V_nk.mT + unit_V_mk @ Y_nk.mT
 
 
-def _divided_differences(
-    sigma_i: Tensor, sigma_j: Tensor, p_i: Tensor, p_j: Tensor, smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """F (..., i, j) of singular values in units of the largest one, and that unit (..., 1, 1).
+def _divided_differences(sigma_i: Tensor, sigma_j: Tensor, p_i: Tensor, p_j: Tensor, smoothing: float) -> Tensor:
+    """F (..., i, j), where sigma_i has all singular values, the largest one first.
 
     Where two singular values coincide but their weights differ the loss has no derivative; x / (x^2 + eps^2) instead of
     1 / x then gives 0 (the mean over the two orders) in place of infinity, and differs from 1 / x by (eps / x)^2
-    elsewhere. eps is the smoothing, or what rounding asks for.
+    elsewhere. x is in units of sigma_0^2; eps is the smoothing, or what rounding asks for.
     """
-    scale = sigma_i[..., :1].clamp(min=torch.finfo(sigma_i.dtype).tiny)
+    scale = sigma_i[..., :1].clamp(min=_SMALLEST)
     gap = (sigma_i / scale).square().unsqueeze(-1) - (sigma_j / scale).square().unsqueeze(-2)
     eps = max(smoothing, 100 * torch.finfo(gap.dtype).eps)
-    return (p_i.unsqueeze(-1) - p_j.unsqueeze(-2)) * gap / (gap.square() + eps**2), scale.unsqueeze(-1)
+    steps = p_i.unsqueeze(-1) - p_j.unsqueeze(-2)
+    return steps * gap / ((gap.square() + eps**2) * scale.square().unsqueeze(-1))
