@@ -53,6 +53,6 @@ setup(
     extras_require={
         "programs": PROGRAMS,
         "onnx": ["onnx>=1.17", "onnxscript>=0.2", "onnxruntime>=1.20"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.10"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "pytest-cov>=5", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.10"],
     },
 )
