@@ -137,7 +137,7 @@ def low_rank_alignment(
     if tuple(weights.shape) != expected:
         raise ValueError(f"weights must have the shape {expected}, got {shape_of(weights)}")
     with torch.no_grad():
-        student_mn, teacher_mn = (tall(working(matrix)).flatten(0, -3) for matrix in (student, teacher))
+        student_mn, teacher_mn = (tall(working(W).reshape(-1, *W.shape[-2:])) for W in (student, teacher))
         weights_n = weights.to(student_mn.dtype).reshape(-1, expected[-1])
         count = max(int((weights_n > 0).sum(-1).max()) if weights_n.numel() else 0, 1)
         target = _fixed(teacher_mn, right_singular(teacher_mn, driver)[1], weights_n, count)
