@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from common.run.figures import drawn
-from scripts.lib.benchmark.method import Case, parts
-from scripts.lib.benchmark.per_step_svd import per_step_svd_loss
+from scripts.lib.benchmark.method import GLUE, Case, parts, svd_in_every_step
 from scripts.lib.benchmark.timing import interleaved, table, write
 
 _LABELS = {
@@ -48,10 +47,10 @@ def _shrunk(values: Sequence[int], by: int) -> list[int]:
 def _seconds(n: int, count: int, rank: int, repeats: int, rival: bool = True) -> dict[str, float]:
     torch.manual_seed(0)
     pairs = [(str(i), torch.nn.Parameter(torch.randn(n, n) / n), torch.randn(n, n) / n) for i in range(count)]
-    dskd, works = parts(Case("growth", pairs, lambda: None, rank, grad_steps=100))
+    case = Case("growth", pairs, lambda: None, {**GLUE, "rank": rank, "driver": "gram"})
+    dskd, works = parts(case)
     if rival:
-        weights = dskd.direction_weights()
-        works["SVD in every step"] = lambda: (0.1 * per_step_svd_loss(pairs, weights)).backward()
+        works["SVD in every step"] = svd_in_every_step(case, dskd)
     return {name: statistics.median(values) for name, values in interleaved(works, repeats).items()}
 
 

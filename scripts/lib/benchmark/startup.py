@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common import ROOT
 from common.run.errors import UserError
-from scripts.lib.benchmark.timing import interleaved, summary, table, write
+from scripts.lib.benchmark.timing import columns, interleaved, summary, table, write
 
 NLP, CV = "nlp/BERT-of-Theseus/run_glue_SVD_losslayer.py", "cv/train_svd.py"
 # what the transformers example for GLUE imports before it reads its arguments
@@ -44,14 +44,7 @@ def run(folder: Path, quick: bool) -> str:
     results = {name: summary(values) for name, values in seconds.items()}
     named = {name: " ".join(["python", *words]) for name, words in commands.items()}
     path = write("startup", {"seconds": results, "commands": named}, folder)
-    rows = [
-        {
-            "command": name,
-            "seconds, median": f"{result['median']:.2f}",
-            "lowest to highest": f"{result['min']:.2f} to {result['max']:.2f}",
-        }
-        for name, result in results.items()
-    ]
+    rows = [{"command": name, **columns("seconds", result, 2)} for name, result in results.items()]
     return f"{table(rows)}\n\n{path}"
 
 
