@@ -3,23 +3,22 @@
 python -m scripts.study.exactness --cifar100 data/cifar100 --glue data/glue --model nreimers/MiniLM-L6-H384-uncased
 
 Exact gradients are kept right after choices of directions and at several moments between two choices, and compared at
-every age until the next choice. Before the first choice all directions weigh alike: those gradients have stages of
-their own. Writes exactness.json, .png and .svg.
+every age until the next choice. Before the first choice all directions weigh alike: those gradients have a stage of
+their own. The vision teacher is the trained ResNet56 that cv/train_svd.py would find, except with --quick: random
+weights. An encoder without a fine-tuned classifier is fine-tuned for a few steps first. Writes exactness.json, .png and
+.svg.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from common import ROOT
-from common.run.errors import Parser, run_cli
+from common.run.errors import run_cli
 from common.run.figures import drawn
-from common.run.files import check_writable
-from common.torchvision_repair import repair_torchvision
 from dskd.matrices import DRIVERS
+from scripts.lib.benchmark.command import command, parse
 from scripts.lib.benchmark.timing import table, write
 from scripts.study.held_gradient import SMOOTHINGS, HeldGradient, Plan, Reference
 
@@ -28,58 +27,24 @@ INTERVALS = (1, 2, 5, 10, 20, 50, 100)
 PHASES = (0, 25, 50, 75)  # steps after a choice at which a gradient is kept
 
 
-def _between(*choices: int) -> list[int]:
-    return [choice + phase for choice in choices for phase in PHASES]
+def _plan(stages: dict[str, Sequence[int]], **settings) -> Plan:
+    """Looked at after the choices of every stage; 0 stands for the start."""
+    kept = {stage: [choice + phase for choice in choices for phase in PHASES] for stage, choices in stages.items()}
+    return Plan(svd_steps=100, stages=kept, **settings)
 
 
+_STAGES = {"lr 0.05": (100, 300, 500), "lr 0.005": (600, 700, 800), "lr 0.0005": (900, 1000, 1100)}
 PLANS = {
-    "cv": Plan(
-        steps=1200,
-        batch=64,
-        svd_steps=100,
-        stages={
-            "before a choice": _between(0),
-            "lr 0.05": _between(100, 300, 500),
-            "lr 0.005": _between(600, 700, 800),
-            "lr 0.0005": _between(900, 1000, 1100),
-        },
-        decays=(600, 900),
-    ),
-    "nlp": Plan(
-        steps=300,
-        batch=32,
-        svd_steps=100,
-        stages={"before a choice": _between(0), "middle": _between(100), "end": _between(200)},
-        tuning_steps=40,
-    ),
+    "cv": _plan({"before a choice": (0,), **_STAGES}, steps=1200, batch=64, decays=(600, 900)),
+    "nlp": _plan({"before a choice": (0,), "middle": (100,), "end": (200,)}, steps=300, batch=32, tuning_steps=40),
 }
-_SMALL = {"steps": 12, "batch": 4, "svd_steps": 4}
-_SMALL |= {"stages": {"before a choice": (0, 2), "middle": (4, 6), "end": (8, 10)}, "tuning_steps": 1}
-QUICK_PLANS = {"cv": Plan(**_SMALL, decays=(4, 8)), "nlp": Plan(**_SMALL)}
+_QUICK_STAGES = {"before a choice": (0, 2), "middle": (4, 6), "end": (8, 10)}
+QUICK = Plan(steps=12, batch=4, svd_steps=4, stages=_QUICK_STAGES, decays=(4, 8), tuning_steps=1)
 TITLES = {"cv": "CIFAR-100, ResNet56 -> ResNet20", "nlp": "RTE, BERT with half of its layers"}
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    output = ROOT / "results" / "benchmark"
-    parser.add_argument("--output", type=Path, default=output, help="default: results/benchmark")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; figures mean nothing")
-    parser.add_argument(
-        "--cifar100",
-        default="data/cifar100",
-        help="folder of CIFAR-100; the teacher is the trained ResNet56 that cv/train_svd.py would find, except with "
-        "--quick: random weights (default: %(default)s)",
-    )
-    parser.add_argument("--glue", default="data/glue", help="folder with RTE/train.tsv (default: %(default)s)")
-    parser.add_argument(
-        "--model",
-        default="nreimers/MiniLM-L6-H384-uncased",
-        help="encoder, a folder or hub name; one without a fine-tuned classifier is fine-tuned for a few steps first "
-        "(default: %(default)s)",
-    )
-    args = parser.parse_args()
-    check_writable("--output", args.output)
-    repair_torchvision()
+    args = parse(command(__doc__, "--cifar100", "--glue", "--model"))
     print(run(args.output, args.quick, args.cifar100, args.glue, args.model))
 
 
@@ -91,26 +56,14 @@ def run(folder: Path, quick: bool, cifar100: str, glue: str, model: str) -> str:
     """
     from scripts.study.observed_runs import observe_cv, observe_nlp
 
-    plans = QUICK_PLANS if quick else PLANS
+    plans = dict.fromkeys(PLANS, QUICK) if quick else PLANS
     observed = {"cv": observe_cv(plans["cv"], cifar100, quick), "nlp": observe_nlp(plans["nlp"], glue, model)}
     results = {name: {**case, **_summary(held, plans[name])} for name, (held, case) in observed.items()}
     path = write("exactness", results, folder)
     with drawn(folder, "exactness", (9, 3.6)) as figure:
         for panel, (name, (held, _)) in zip(figure.subplots(1, 2), observed.items(), strict=True):
             _panel(panel, held.references, TITLES[name])
-    intervals, adaptive, drivers = (
-        table([row for name, result in results.items() for row in rows(name, result)])
-        for rows in (_interval_rows, _adaptive_rows, _driver_rows)
-    )
-    released = "; ".join(f"{name} {_in_words(result['released'])}" for name, result in results.items())
-    return (
-        "cosine of the applied gradient with the exact one over an interval, mean (worst pair), by smoothing and "
-        "grad_steps:\n\n"
-        f"{intervals}\n\nthe same without smoothing, where max ||W - W_0|| / ||W_0|| > t ends an interval, and its "
-        "mean length:\n\n"
-        f"{adaptive}\n\ndrivers in float32 beside an SVD in float64, mean (worst pair):\n\n{drivers}\n\n"
-        f"gradient of the authors' release beside the exact one, mean (worst pair): {released}\n\n{path}"
-    )
+    return f"{_tables(results)}\n\n{path}"
 
 
 def applied(cosines: Sequence[Sequence[float]], interval: int) -> np.ndarray:
@@ -182,40 +135,33 @@ def _mean_and_worst(cosines: Sequence[Sequence[float]]) -> dict[str, float]:
     return {"mean": float(values.mean()), "worst": float(values.min())}
 
 
-def _interval_rows(pipeline: str, result: dict) -> list[dict[str, str]]:
-    return [
-        {
-            "pipeline": pipeline,
-            "stage": stage,
-            "basis, smoothing": f"own, {value:g}" if isinstance(value, float) else value,
-            **{str(steps): _in_words(found) for steps, found in row.items()},
-        }
-        for stage, by_smoothing in result["by_grad_steps"].items()
-        for value, row in by_smoothing.items()
-    ]
-
-
-def _adaptive_rows(pipeline: str, result: dict) -> list[dict[str, str]]:
-    return [
-        {
-            "pipeline": pipeline,
-            "stage": stage,
-            **{f"t = {t}": f"{_in_words(found)}, {found['interval']:.1f} steps" for t, found in row.items()},
-        }
-        for stage, row in result["by_drift"].items()
-    ]
-
-
-def _driver_rows(pipeline: str, result: dict) -> list[dict[str, str]]:
-    return [
-        {
-            "pipeline": pipeline,
-            "driver": driver,
-            "cosine of the gradient": _in_words(found["gradient"], 7),
-            "overlap of the direction weights": _in_words(found["overlap"]),
-        }
-        for driver, found in result["drivers"].items()
-    ]
+def _tables(results: dict[str, dict]) -> str:
+    intervals, adaptive, drivers = [], [], []
+    for pipeline, result in results.items():
+        for stage, rows in result["by_grad_steps"].items():
+            for value, row in rows.items():
+                basis = f"own, {value:g}" if isinstance(value, float) else value
+                cells = {str(steps): _in_words(found) for steps, found in row.items()}
+                intervals.append({"pipeline": pipeline, "stage": stage, "basis, smoothing": basis, **cells})
+        for stage, row in result["by_drift"].items():
+            cells = {f"t = {t}": f"{_in_words(found)}, {found['interval']:.1f} steps" for t, found in row.items()}
+            adaptive.append({"pipeline": pipeline, "stage": stage, **cells})
+        for driver, found in result["drivers"].items():
+            gradient, overlap = _in_words(found["gradient"], 7), _in_words(found["overlap"])
+            cells = {"cosine of the gradient": gradient, "overlap of the direction weights": overlap}
+            drivers.append({"pipeline": pipeline, "driver": driver, **cells})
+    released = "; ".join(f"{name} {_in_words(result['released'])}" for name, result in results.items())
+    parts = (
+        "cosine of the applied gradient with the exact one over an interval, mean (worst pair), by smoothing and "
+        "grad_steps:",
+        table(intervals),
+        "the same without smoothing, where max ||W - W_0|| / ||W_0|| > t ends an interval, and its mean length:",
+        table(adaptive),
+        "drivers in float32 beside an SVD in float64, mean (worst pair):",
+        table(drivers),
+        f"gradient of the authors' release beside the exact one, mean (worst pair): {released}",
+    )
+    return "\n\n".join(parts)
 
 
 def _in_words(found: dict[str, float], digits: int = 4) -> str:

@@ -77,7 +77,8 @@ def observe_nlp(plan: Plan, glue: str, model_name: str) -> tuple[HeldGradient, d
     words = "--do_train --task_name RTE --bf16 --report_to none --disable_tqdm --output_dir ."
     words += f" --learning_rate 2e-5 --max_steps {plan.steps} --per_gpu_train_batch_size {plan.batch}"
     words += f" --replacing_rate 0.3 --scheduler_linear_k 0.0003 --ifsvd --rank_size 32 --svd_steps {plan.svd_steps}"
-    words += f" --max_seq_length {LENGTH} --finetune_predecessor"  # a model that is not fine-tuned yet is no reason for a warning
+    words += f" --max_seq_length {LENGTH}"
+    words += " --finetune_predecessor"  # a model that is not fine-tuned yet is no reason for a warning
     args = parse_arguments([*words.split(), "--model_name_or_path", model_name, "--data_dir", f"{glue}/RTE"])
     set_seed(args.seed)
     sets, task = load_data(args)

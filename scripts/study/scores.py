@@ -2,21 +2,19 @@
 
 python -m scripts.study.scores --cifar100 data/cifar100
 
-Writes scores.json.
+The teacher is the trained ResNet56 that cv/train_svd.py would find, except with --quick: random weights. Writes
+scores.json.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 
-from common import ROOT
-from common.run.errors import Parser, run_cli
-from common.run.files import check_writable
-from common.torchvision_repair import repair_torchvision
+from common.run.errors import run_cli
 from dskd import direction_sensitivity, select_directions
 from dskd.groups import Pairs
 from dskd.matrices import as_matrix
+from scripts.lib.benchmark.command import command, parse
 from scripts.lib.benchmark.timing import table, write
 from scripts.study.held_gradient import Plan
 
@@ -29,19 +27,7 @@ NAMES = {
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    output = ROOT / "results" / "benchmark"
-    parser.add_argument("--output", type=Path, default=output, help="default: results/benchmark")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; figures mean nothing")
-    parser.add_argument(
-        "--cifar100",
-        default="data/cifar100",
-        help="folder of CIFAR-100; the teacher is the trained ResNet56 that cv/train_svd.py would find, except with "
-        "--quick: random weights (default: %(default)s)",
-    )
-    args = parser.parse_args()
-    check_writable("--output", args.output)
-    repair_torchvision()
+    args = parse(command(__doc__, "--cifar100"))
     print(run(args.output, args.quick, args.cifar100))
 
 

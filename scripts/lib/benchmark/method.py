@@ -83,7 +83,7 @@ def parts(case: Case, **changed: Any) -> tuple[DirectionSensitivityLoss, dict[st
         student.grad = torch.randn_like(student)
 
     def choose_directions() -> None:
-        dskd.steps = dskd.svd_steps - 1
+        dskd.steps += dskd.svd_steps - 1  # the coming step chooses
         with dskd.observe(progress=0.5), torch.no_grad():
             # the optimizer's part, which is no cost of DSKD, but small beside it
             torch._foreach_add_(dskd.students, updates)
