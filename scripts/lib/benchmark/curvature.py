@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from scripts.lib.benchmark.method import CIFAR, cost_per_step, parts, resnet_case
 from scripts.lib.benchmark.timing import interleaved, medians, summary, table, write
 
@@ -13,7 +11,7 @@ RARER = {**OFTEN, "svd_steps": 4, "grad_steps": 2}  # a row of configs/tables/ci
 
 def run(folder: Path, quick: bool) -> str:
     """ResNet56 -> ResNet20; writes curvature.json, returns the table."""
-    case = resnet_case(4 if quick else 64, "cuda" if torch.cuda.is_available() else "cpu")
+    case = resnet_case(4 if quick else 64)
     _, works = parts(case, **OFTEN)
     repeats = 2 if quick else 20
     # the step by itself and last: it clears the gradients, of which the curvature is made

@@ -96,22 +96,16 @@ def _train(
         trainers["ours"].train()
         scores = {loop: trainer.evaluate(dev) for loop, trainer in trainers.items()}
     sampled = trainers["ours"].sampled
+    batches = {"ours": sampled.chosen, "ours, whole epoch": sampled.epoch}
+    # all examples of a batch are padded to its longest
+    tokens = {key: float(np.mean([train.lengths[batch].max() for batch in found])) for key, found in batches.items()}
     return {
         "seconds": {loop: seconds[1:] for loop, seconds in turns.seconds.items()},
-        "tokens": {
-            "ours": _padded_length(sampled.chosen, train.lengths),
-            "ours, whole epoch": _padded_length(sampled.epoch, train.lengths),
-            "plain": float(length),
-        },
+        "tokens": {**tokens, "plain": float(length)},
         "metric": {loop: score[f"eval_{task.primary}"] for loop, score in scores.items()},
         "loss": {loop: score["eval_loss"] for loop, score in scores.items()},
         "metric_name": task.primary,
     }
-
-
-def _padded_length(batches: list[list[int]], lengths: np.ndarray) -> float:
-    """Mean number of tokens of an example, padding to the longest of its batch included."""
-    return float(np.mean([lengths[batch].max() for batch in batches]))
 
 
 def _task_results(runs: list[dict], examples: int) -> dict:
@@ -132,19 +126,16 @@ def _task_results(runs: list[dict], examples: int) -> dict:
 
 
 def _row(name: str, result: dict) -> dict[str, str]:
-    rates, tokens = result["examples_per_second"], result["tokens_per_example"]
-    means = {loop: float(np.mean(values)) for loop, values in result["dev_metric"].items()}
+    tokens, means = result["tokens_per_example"], {k: np.mean(v) for k, v in result["dev_metric"].items()}
+    rates = {
+        f"{loop}, examples/s": f"{found['median']:.1f} ({found['min']:.1f} to {found['max']:.1f})"
+        for loop, found in result["examples_per_second"].items()
+    }
     return {
         "task": name,
-        "ours, examples/s": _rate(rates["ours"]),
-        "plain, examples/s": _rate(rates["plain"]),
+        **rates,
         "ratio": f"{result['ratio']:.2f}",
         "tokens of an example": f"{tokens['ours']:.0f} / {tokens['plain']:.0f}",
         "metric on dev": result["metric"],
-        "ours": f"{100 * means['ours']:.1f}",
-        "plain": f"{100 * means['plain']:.1f}",
+        **{loop: f"{100 * mean:.1f}" for loop, mean in means.items()},
     }
-
-
-def _rate(values: dict[str, float]) -> str:
-    return f"{values['median']:.1f} ({values['min']:.1f} to {values['max']:.1f})"

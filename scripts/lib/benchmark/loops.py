@@ -1,8 +1,8 @@
 """Images per second and peak memory of the CIFAR loop beside the plain loop of the toolkits, taking turns."""
 
 import multiprocessing
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from common.run.record import peak_memory_bytes
 from common.torchvision_repair import repair_torchvision
 from cv.config import load_config
 from cv.data import Augment, DataSets, EpochLoader, ImageSet, load_dataset
-from cv.methods import Distiller, build_distiller
+from cv.methods import build_distiller
 from cv.models import build_model
 from scripts.lib.benchmark.plain_loop import PlainLoop
 from scripts.lib.benchmark.timing import columns, interleaved, summary, table, write
@@ -29,7 +29,9 @@ class OurLoop:
 
     def __init__(self, student: nn.Module, teacher: nn.Module, data: DataSets, batch: int, bf16: bool = False):
         self.device, self.bf16 = "cuda" if torch.cuda.is_available() else "cpu", bf16
-        self.kd = distiller(student, teacher, len(data.train), self.device).train()
+        sizes = {"num_classes": 100, "image_shape": (3, 32, 32), "num_train": len(data.train)}
+        kd = build_distiller("kd", student, teacher, load_config(RECIPE).KD, **sizes)
+        self.kd = kd.to(self.device, memory_format=torch.channels_last).train()
         look = {"mean": data.mean, "std": data.std, "device": self.device, "seed": 0, "channels_last": True}
         loader = EpochLoader(data.train, batch, augment=data.augment, shuffle=True, **look)
         self.batches = (images for epoch in count() for images in loader.epoch(epoch))
@@ -45,13 +47,6 @@ class OurLoop:
             self.optimizer.zero_grad(set_to_none=True)
             self.loss().backward()
             self.optimizer.step()
-
-
-def distiller(student: nn.Module, teacher: nn.Module, images: int, device: str) -> Distiller:
-    """KD by the recipe, on the device."""
-    sizes = {"num_classes": 100, "image_shape": (3, 32, 32), "num_train": images}
-    kd = build_distiller("kd", student, teacher, load_config(RECIPE).KD, **sizes)
-    return kd.to(device, memory_format=torch.channels_last)
 
 
 def build(loop: str, data: DataSets, batch: int, precision: str, workers: int = 2) -> OurLoop | PlainLoop:
@@ -93,7 +88,7 @@ def run(folder: Path, quick: bool, root: str) -> str:
     data = load_dataset("cifar100", root)
     batch, steps, images = (8, 1, 64) if quick else (64, 20, CIFAR_IMAGES)
     loops = {(loop, precision): build(loop, data, batch, precision) for precision in PRECISIONS for loop in LOOPS}
-    seconds = interleaved({key: _steps(loop, steps) for key, loop in loops.items()}, 1 if quick else 7)
+    seconds = interleaved({key: partial(loop.run, steps) for key, loop in loops.items()}, 1 if quick else 7)
     rates = {key: summary([steps * batch / value for value in values]) for key, values in seconds.items()}
     memory = {key: peak_memory_apart(*key, batch, steps, images) for key in loops}
     results = {
@@ -116,7 +111,3 @@ def run(folder: Path, quick: bool, root: str) -> str:
         for loop, precision in loops
     ]
     return f"{table(rows)}\n\n{path}"
-
-
-def _steps(loop: OurLoop | PlainLoop, steps: int) -> Callable[[], None]:
-    return lambda: loop.run(steps)

@@ -15,7 +15,7 @@ from cv.models import build_model
 from dskd import DirectionSensitivityLoss, pair_weights
 from dskd.groups import Pairs
 from dskd.matrices import DRIVERS
-from scripts.lib.benchmark.loops import distiller
+from scripts.lib.benchmark.loops import OurLoop, random_images
 from scripts.lib.benchmark.memory import peak_above, storages
 from scripts.lib.benchmark.timing import interleaved, medians, summary, table, write
 
@@ -58,21 +58,12 @@ def bert_case(batch: int, length: int, device: str, **sizes: int) -> Case:
     return Case(f"BERT-base 12 -> 6, batch {batch} x {length}", model.pairs(), step, GLUE)
 
 
-def resnet_case(batch: int, device: str) -> Case:
+def resnet_case(batch: int) -> Case:
     """ResNet56 -> ResNet20 by KD, random images."""
     student, teacher = build_model("resnet20", 100), build_model("resnet56", 100)
-    kd = distiller(student, teacher, batch, device)
-    images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
-    labels, indices = torch.zeros(batch, dtype=torch.long, device=device), torch.arange(batch, device=device)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-
-    def step() -> None:
-        sum(kd(images, labels, indices)[1].values()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    loop = OurLoop(student, teacher, random_images(batch), batch)
     pairs = pair_weights(student, teacher, block_map(student, teacher))
-    return Case(f"ResNet56 -> ResNet20, batch {batch}", pairs, step, CIFAR)
+    return Case(f"ResNet56 -> ResNet20, batch {batch}", pairs, lambda: loop.run(1), CIFAR)
 
 
 def parts(case: Case, **changed: Any) -> tuple[DirectionSensitivityLoss, dict[str, Callable[[], object]]]:
@@ -156,11 +147,11 @@ def measure(case: Case, repeats: int) -> dict:
 def run(folder: Path, quick: bool) -> str:
     """Both recipes; returns the table."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = {"hidden_size": 48, "intermediate_size": 64} if quick else {}
-    results = [
-        measure(bert_case(2 if quick else 32, 16 if quick else 128, device, **sizes), 1 if quick else 3),
-        measure(resnet_case(4 if quick else 64, device), 2 if quick else 20),
-    ]
+    if quick:
+        tiny = bert_case(2, 16, device, hidden_size=48, intermediate_size=64)
+        results = [measure(tiny, 1), measure(resnet_case(4), 2)]
+    else:
+        results = [measure(bert_case(32, 128, device), 3), measure(resnet_case(64), 20)]
     path = write("method", {"results": results}, folder)
     rows = [
         {
