@@ -103,15 +103,15 @@ def _by_interval(references: list[Reference]) -> dict:
     """By smoothing, or "update", and by grad_steps, of the references that no choice ends before."""
     measured = {value: [r.cosine[value] for r in references] for value in SMOOTHINGS}
     measured["update"] = [r.along_update for r in references]
-    found = {}
-    for name, cosines in measured.items():
-        longest = max(map(len, cosines))
-        found[name] = {
+    longest = max(len(reference.drift) for reference in references)
+    return {
+        name: {
             steps: _mean_and_worst([applied(each, steps) for each in cosines if len(each) >= steps])
             for steps in INTERVALS
             if steps <= longest
         }
-    return found
+        for name, cosines in measured.items()
+    }
 
 
 def _by_drift(references: list[Reference], threshold: float) -> dict[str, float]:

@@ -79,8 +79,8 @@ def test_every_driver_is_compared_where_directions_were_chosen(observed):
 
 COSINES = [[1.0, 1.0], [0.9, 1.0], [0.7, 0.9], [0.5, 0.8]]
 DRIFT = [[0.0, 0.0], [0.02, 0.01], [0.03, 0.03], [0.04, 0.05]]
-REFERENCE = Reference("stage", 0, cosine={0.0: COSINES}, drift=DRIFT)
-SHORT = Reference("stage", 2, cosine={0.0: COSINES[:2]}, drift=DRIFT[:2])
+REFERENCE = Reference("stage", 0, cosine={0.0: COSINES}, drift=DRIFT, along_update=COSINES)
+SHORT = Reference("stage", 2, cosine={0.0: COSINES[:2]}, drift=DRIFT[:2], along_update=COSINES[:2])
 
 
 def test_the_applied_gradient_is_averaged_over_the_interval():

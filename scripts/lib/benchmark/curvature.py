@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from scripts.lib.benchmark.method import CIFAR, cost_per_step, parts, resnet_case
-from scripts.lib.benchmark.timing import interleaved, medians, summary, table, write
+from scripts.lib.benchmark.timing import medians, summaries, table, write
 
 OFTEN = {**CIFAR, "basis": "curvature", "svd_steps": 1, "grad_steps": 1, "drift": 0.0}
 RARER = {**OFTEN, "svd_steps": 4, "grad_steps": 2}  # a row of configs/tables/cifar100_few_ablation.yaml
@@ -15,8 +15,7 @@ def run(folder: Path, quick: bool) -> str:
     _, works = parts(case, **OFTEN)
     repeats = 2 if quick else 20
     # the step by itself and last: it clears the gradients, of which the curvature is made
-    timed = interleaved(works, repeats) | interleaved({"step": case.step}, repeats)
-    seconds = {name: summary(values) for name, values in timed.items()}
+    seconds = summaries(works, repeats) | summaries({"step": case.step}, repeats)
     typical = medians(seconds)
     share, share_rarer = (cost_per_step(typical, settings) / typical["step"] for settings in (OFTEN, RARER))
     shares = {"share_of_step": share, "share_of_step_svd_steps_4_grad_steps_2": share_rarer}

@@ -17,7 +17,7 @@ from dskd.groups import Pairs
 from dskd.matrices import DRIVERS
 from scripts.lib.benchmark.loops import OurLoop, random_images
 from scripts.lib.benchmark.memory import peak_above, storages
-from scripts.lib.benchmark.timing import interleaved, medians, summary, table, write
+from scripts.lib.benchmark.timing import medians, summaries, table, write
 
 # the defaults of the two programs, by the settings' names
 GLUE = by_name({setting.dest: setting.glue for setting in SETTINGS})
@@ -125,8 +125,7 @@ def measure(case: Case, repeats: int) -> dict:
             found = parts(case, driver=driver)[1]
             works |= {f"{name}, {driver}": found[name] for name in ("choose directions", "expand")}
     works["per-step SVD"] = svd_in_every_step(case, dskd)
-    timed = interleaved(works, repeats) | interleaved({"step": case.step}, repeats)
-    seconds = {name: summary(values) for name, values in timed.items()}
+    seconds = summaries(works, repeats) | summaries({"step": case.step}, repeats)
     typical = medians(seconds)
     cost = cost_per_step(typical, case.settings)
     size = sum(4 * student.numel() for student in dskd.students)

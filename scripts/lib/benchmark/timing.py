@@ -35,6 +35,11 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": len(values)}
 
 
+def summaries(works: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, dict[str, float]]:
+    """Of the seconds of alternatives that take turns."""
+    return {name: summary(values) for name, values in interleaved(works, repeats, warmup).items()}
+
+
 def medians(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {name: values["median"] for name, values in seconds.items()}
 
