@@ -121,13 +121,15 @@ def _by_drift(references: list[Reference], threshold: float) -> dict[str, float]
 
 
 def _some_ages(reference: Reference) -> dict:
-    """A reference at the ages that the file has room for."""
+    """A reference at the ages, and with the digits, that the file has room for."""
     ages = [age for age in (0, *INTERVALS) if age < len(reference.drift)]
-    found = {"ages": ages, **asdict(reference)}
-    for key in ("drift", "value_error", "along_update"):
-        found[key] = [found[key][age] for age in ages]
-    found["cosine"] = {value: [pairs[age] for age in ages] for value, pairs in reference.cosine.items()}
-    return found
+
+    def some(by_age: Sequence) -> list:
+        return np.round(by_age, 7)[ages].tolist()
+
+    series = {key: some(getattr(reference, key)) for key in ("drift", "value_error", "along_update")}
+    cosine = {value: some(by_age) for value, by_age in reference.cosine.items()}
+    return {**asdict(reference), "ages": ages, "cosine": cosine, **series}
 
 
 def _mean_and_worst(cosines: Sequence[Sequence[float]]) -> dict[str, float]:
