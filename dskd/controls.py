@@ -31,6 +31,10 @@ class Control(Reading):
     def gradual(self) -> bool:  # type: ignore[override]
         return self.reading.gradual
 
+    @property
+    def lasting(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.reading.lasting
+
     def start(self, student_mn: Tensor) -> State:
         return self.reading.start(student_mn)
 

@@ -24,7 +24,7 @@ class Group:
         index: of every row of the group its place among all pairs.
         chosen: what the reading has chosen, a row a pair.
         targets: what it has computed of the teacher, by the rows that are worked on together.
-        former: the same before the last choice.
+        former: of those before the last choice what still holds.
     """
 
     index: list[int]
@@ -68,7 +68,7 @@ class Group:
         everything = rows == list(range(len(self)))
         return {key: value if everything else value[rows] for key, value in self.chosen.items()}
 
-    def renew(self, rows: list[int], mine: State) -> None:
+    def renew(self, reading: Reading, rows: list[int], mine: State) -> None:
         """Take over what was newly chosen, `mine` for this process's share of the rows.
 
         Former tensors are left as they are, since saved states keep them.
@@ -81,7 +81,9 @@ class Group:
                 whole[rows] = new
                 new = whole
             self.chosen[key] = new
-        self.former, self.targets = self.targets or self.former, {}
+        for place, target in self.targets.items():
+            self.former[place] = {name: target[name] for name in reading.lasting if name in target}
+        self.targets = {}
 
 
 def group_by_shape(pairs: Pairs) -> list[Group]:

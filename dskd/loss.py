@@ -179,7 +179,8 @@ class DirectionSensitivityLoss(Reports, Saved):
             for rows in group.rounds([row for row, i in enumerate(group.index) if i in moved]):
                 mine = share(rows)
                 update_mn, gradient_mn = group.stack(updates, mine), group.stack(step.gradients, mine)
-                group.renew(rows, self.reading.choose(update_mn, gradient_mn, step.progress, group.of_rows(mine)))
+                chosen = self.reading.choose(update_mn, gradient_mn, step.progress, group.of_rows(mine))
+                group.renew(self.reading, rows, chosen)
         if self.reading.span == "interval":  # a new list of new tensors: saved states keep the former ones
             starts = enumerate(zip(self.students, self.starts, strict=True))
             self.starts = [W.detach().clone() if i in moved else start for i, (W, start) in starts]

@@ -70,6 +70,7 @@ class Own(Reading):
     driver: str = "gram"
     score: Score = sensitivity
     span: str = "step"
+    lasting = ("V",)
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
@@ -149,7 +150,8 @@ def low_rank_alignment(
 def low_rank_part(matrix_mn: Tensor, weights_r: Tensor, count: int, driver: str) -> Tensor:
     """W~ (rows, m, n) of matrices of any orientation."""
     tall_mn = tall(matrix_mn)
-    part_mn = _fixed(tall_mn, right_singular(tall_mn, driver)[1], weights_r, count)["low_rank"]
+    fixed = _fixed(tall_mn, right_singular(tall_mn, driver)[1], weights_r, count)
+    part_mn = fixed["low_rank"] if "low_rank" in fixed else fixed["left"] @ fixed["right"].mT
     return part_mn if matrix_mn.shape[-2] >= matrix_mn.shape[-1] else part_mn.mT
 
 
@@ -161,17 +163,19 @@ def _fixed(teacher_mn: Tensor, V_nn: Tensor, weights_n: Tensor, count: int) -> S
         weights_n: (rows, n), falling, at most `count` of them above 0.
 
     Returns:
-        V; low_rank, T~ (rows, m, n); root, p (rows, n or k); steps, p_i - p_j (rows, n, n or k); and, where k = `count`
-        directions are few, index (rows, k) of the selected ones.
+        V; root, p (rows, n or k); steps, p_i - p_j (rows, n, n or k); T~ as low_rank (rows, m, n) or, where k = `count`
+        directions are few, as left (rows, m, k) @ right (rows, n, k)^T, with the index (rows, k) of the selected ones.
     """
     root_n = weights_n.sqrt().flip(-1)
     fixed = {"V": V_nn, "root": root_n}
     V_nk = V_nn.flip(-1)
-    if 2 * count < weights_n.shape[-1]:
+    few = 2 * count < weights_n.shape[-1]
+    if few:
         fixed["index"] = root_n.topk(count).indices
         fixed["root"] = root_n.gather(-1, fixed["index"])
         V_nk = columns(V_nk, fixed["index"])
-    fixed["low_rank"] = (teacher_mn @ V_nk * fixed["root"].unsqueeze(-2)) @ V_nk.mT
+    left_mk = teacher_mn @ V_nk * fixed["root"].unsqueeze(-2)
+    fixed.update({"left": left_mk, "right": V_nk} if few else {"low_rank": left_mk @ V_nk.mT})
     fixed["steps"] = root_n.unsqueeze(-1) - fixed["root"].unsqueeze(-2)
     return fixed
 
@@ -199,7 +203,7 @@ def _aligned_along_few(
     """With Y = V S_nk, where the rows of S in K are halved, V S V^T is Y V_K^T + V_K Y^T."""
     index_k, root_k = fixed["index"], fixed["root"].unsqueeze(-2)
     V_nk = columns(V_nn, index_k)
-    R_mn = torch.baddbmm(fixed["low_rank"], student_mn @ V_nk * root_k, V_nk.mT, beta=-1)
+    R_mn = torch.baddbmm(fixed["left"] @ fixed["right"].mT, student_mn @ V_nk * root_k, V_nk.mT, beta=-1)
     unit_V_mk, R_V_mk = unit_mn @ V_nk, R_mn @ V_nk
     F_nk = _divided_differences(lambda_n, lambda_n.gather(-1, index_k), fixed["steps"], smoothing)
     S_nk = F_nk * (V_nn.mT @ (unit_mn.mT @ R_V_mk + R_mn.mT @ unit_V_mk))
