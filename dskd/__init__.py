@@ -1,7 +1,7 @@
 """DSKD, Direction Sensitivity-based Knowledge Distillation: a loss on weights, for any network and training loop."""
 
 from .loss import DirectionSensitivityLoss
-from .pairing import pair_weights
+from .pairing import pair_layers, pair_weights
 from .readings import Curvature, Own, Update, low_rank_alignment
 from .sensitivity import direction_sensitivity, select_directions
 
@@ -13,6 +13,7 @@ __all__ = [
     "Update",
     "direction_sensitivity",
     "low_rank_alignment",
+    "pair_layers",
     "pair_weights",
     "select_directions",
 ]

@@ -68,11 +68,11 @@ class DirectionSensitivityLoss(Reports, Saved):
         grad_steps: int = 1,
         drift: float = 0.0,
     ):
-        check_pairs(pairs)
         check_intervals(svd_steps, grad_steps, drift)
         self.reading = Own() if reading is None else reading
         if not isinstance(self.reading, Reading):
             raise TypeError(f"reading must be one such as Own(rank=32), got {reading!r}")
+        self.pairs = check_pairs(pairs, self.reading.any_shape)
         self.svd_steps, self.grad_steps, self.drift = svd_steps, grad_steps, drift
         self.steps = self.choices = self.expansions = 0
         self.names = [name for name, _, _ in pairs]
@@ -145,6 +145,7 @@ class DirectionSensitivityLoss(Reports, Saved):
             self.starts = [W.detach().clone() for W in self.students]
         if not self.due:
             return ObservedStep(self.students, None, False, progress, skip)
+        self.pairs.check()
         self.held = None  # its memory serves the copies
         before = [W.detach().clone() for W in self.starts or self.students]
         return ObservedStep(self.students, before, self.copy_gradients, progress, skip)

@@ -22,11 +22,13 @@ class Reading(ABC):
         span: the update that `choose` gets: of the last "step", or of the whole "interval" since the last choice.
         gradual: whether a choice changes little, and `weights` takes a decomposition to see it.
         lasting: what of a target no choice changes, by its names.
+        any_shape: whether the teacher's matrices may be of another shape than the student's.
     """
 
     span = "step"
     gradual = False
     lasting: ClassVar[tuple[str, ...]] = ()
+    any_shape = False
 
     @abstractmethod
     def start(self, student_mn: Tensor) -> State:
