@@ -2,7 +2,7 @@
 
 from .loss import DirectionSensitivityLoss
 from .pairing import pair_layers, pair_weights
-from .readings import Curvature, Own, Update, low_rank_alignment
+from .readings import Curvature, Own, Spectrum, Update, low_rank_alignment
 from .sensitivity import direction_sensitivity, select_directions
 
 __version__ = "0.2.0"
@@ -10,6 +10,7 @@ __all__ = [
     "Curvature",
     "DirectionSensitivityLoss",
     "Own",
+    "Spectrum",
     "Update",
     "direction_sensitivity",
     "low_rank_alignment",
