@@ -67,14 +67,20 @@ def pair_layers(
             raise ValueError(f"layers do not pair, student {name} and teacher {other}: {reason}")
         else:
             pairs.left_out.append(LeftOut(name, other if beside else "", reason or ""))
-    pairs.left_out += plan.outside
     if not pairs:
-        why = "; ".join(reasons(pairs.left_out)[:3]) or "the student has no layers with a matrix"
         raise ValueError(
             f"no layers of the student {type(student).__name__} and the teacher {type(teacher).__name__} pair "
-            f"{plan.how} ({why}); {HINT}"
+            f"{plan.how} ({_why(pairs.left_out)}"
         )
+    pairs.left_out += plan.outside
     return pairs
+
+
+def _why(left_out: Sequence[LeftOut]) -> str:
+    """The first reasons, and what to do where layers that fit have not been found."""
+    found = reasons(left_out, named=1)[:3] or ["the student has no layers with a matrix"]
+    trainable = [each for each in left_out if not each.reason.startswith("frozen")]
+    return f"{'; '.join(found)})" + (f"; {HINT}" if trainable or not left_out else "")
 
 
 def _owner(layer: Layer) -> Owner | None:

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from ..matrices import shape_of
 
-_NAMED = 3  # layers that are named where several are left out for one reason
-
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -62,11 +60,7 @@ class LayerPairs(list[tuple[str, Tensor, Tensor]]):
             for role, weight, owner in zip(("student", "teacher"), weights, owners, strict=True):
                 now = weight if owner is None else getattr(owner.module, owner.parameter, None)
                 if now is not weight:
-                    raise ValueError(
-                        f"pair {name}: the {role}'s layer has another weight{_kind(now)} than when it was paired; pair "
-                        "the layers and make the loss after what replaces weights (load_state_dict(assign=True), peft, "
-                        "fully_shard, a parametrization)"
-                    )
+                    raise ValueError(f"pair {name}: the {role}'s layer {_changed(now)}")
         if self.owners and not any(student.requires_grad for _, student, _ in self):
             raise ValueError(
                 f"pair {self[0][0]}: the student's weight is frozen by now, as all paired ones are (peft freezes base "
@@ -88,18 +82,18 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join([cell.ljust(size) for cell, size in zip(row, widths, strict=True)]).rstrip() for row in rows]
 
 
-def reasons(left_out: Sequence[LeftOut]) -> list[str]:
+def reasons(left_out: Sequence[LeftOut], named: int = 3) -> list[str]:
     """A line for every reason: "reason: some layers and n more"."""
     layers: dict[str, list[str]] = {}
     for each in left_out:
         beside = f" beside {each.teacher}" if each.teacher not in ("", each.student) else ""
         layers.setdefault(each.reason, []).append(each.student + beside)
-    return [f"{reason}: {_some(names)}" for reason, names in layers.items()]
+    return [f"{reason}: {_some(names, named)}" for reason, names in layers.items()]
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+def _some(names: Sequence[str], named: int) -> str:
+    more = f" and {len(names) - named} more" if len(names) > named else ""
+    return ", ".join(names[:named]) + more
 
 
 def _shapes(student: Tensor, teacher: Tensor) -> str:
@@ -107,5 +101,10 @@ def _shapes(student: Tensor, teacher: Tensor) -> str:
     return " beside ".join(shapes)
 
 
-def _kind(weight: object) -> str:
-    return " (a DTensor, sharded over processes)" if type(weight).__name__ == "DTensor" else ""
+def _changed(weight: object) -> str:
+    if type(weight).__name__ == "DTensor":
+        return "is sharded over processes by now (a DTensor); DSKD needs whole weights, such as DDP keeps"
+    return (
+        "has another weight than when it was paired; pair the layers and make the loss after what replaces weights "
+        "(load_state_dict(assign=True), peft, a parametrization)"
+    )

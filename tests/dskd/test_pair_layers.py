@@ -381,7 +381,7 @@ def test_frozen_weights_are_left_out_and_all_frozen_is_refused():
     pairs = pair_layers(student, Tower(2))
     assert [name for name, _, _ in pairs] == ["blocks.1.up", "blocks.1.down"]
     assert reasons(pairs)["blocks.0.up"] == "frozen (requires_grad is False)"
-    with pytest.raises(ValueError, match=r"frozen \(requires_grad is False\): blocks.0.up, blocks.0.down"):
+    with pytest.raises(ValueError, match=r"pair by .* \(frozen \(requires_grad is False\): blocks.0.up and 3 more\)$"):
         pair_layers(student.requires_grad_(False), Tower(2))
 
 
@@ -478,7 +478,7 @@ def test_a_student_of_adapters_alone_is_refused_with_what_to_do():
     student = adapted(1).requires_grad_(False)
     with pytest.raises(ValueError, match=r"frozen under an adapter \(merge the adapter, or train the base weight\)"):
         pair_layers(student, Tower(1), [("blocks.0.up", "blocks.0.up")])
-    with pytest.raises(ValueError, match="frozen under an adapter"):
+    with pytest.raises(ValueError, match=r"\(frozen under an adapter .*: blocks.0.up; frozen .*: blocks.0.down\)$"):
         pair_layers(student, Tower(1))
 
 
@@ -565,6 +565,21 @@ def test_a_weight_that_is_the_networks_no_longer_is_refused_by_its_pair(role, re
     loss.end_step(loss.begin_step(0.0))  # no choice is due
     with pytest.raises(ValueError, match=text):
         loss.begin_step(0.5)
+
+
+class DTensor(torch.Tensor):
+    """Stands for torch's, which `fully_shard` puts in place of a weight."""
+
+
+def test_a_weight_that_is_sharded_is_left_out_and_refused_if_that_comes_later():
+    student, teacher = Tower(1), Tower(1)
+    pairs = pair_layers(student, teacher)
+    sharded = torch.zeros(12, 8).as_subclass(DTensor).requires_grad_()
+    student.blocks[0].up._parameters["weight"] = teacher.blocks[0].down._parameters["weight"] = sharded
+    with pytest.raises(ValueError, match=r"pair blocks.0.up: the student's layer is sharded .* needs whole weights"):
+        pairs.check()
+    with pytest.raises(ValueError, match=r"\(a DTensor\): blocks.0.up; the teacher's is sharded"):
+        pair_layers(student, teacher)
 
 
 def test_weights_that_all_are_frozen_since_are_refused():
