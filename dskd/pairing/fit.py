@@ -29,8 +29,6 @@ def _of_student(student: Layer, shared: Mapping[int, list[str]], paired: Collect
         return "lazy and without a shape as yet (run a batch first)"
     if not weight.is_leaf:
         return "computed from other tensors (a parametrization)"
-    if type(weight).__name__ == "DTensor":
-        return "sharded over processes (a DTensor)"
     if not weight.requires_grad and student.adapter is not None:
         return "frozen under an adapter (merge the adapter, or train the base weight)"
     if not weight.requires_grad:
@@ -45,8 +43,6 @@ def _of_teacher(teacher: Layer) -> str | None:
     adapter, weight = teacher.adapter, teacher.weight
     if nn.parameter.is_lazy(weight):
         return "the teacher's is lazy and without a shape as yet (run a batch first)"
-    if type(weight).__name__ == "DTensor":
-        return "the teacher's is sharded over processes (a DTensor)"
     if adapter is not None and not getattr(adapter, "merged", False):
         return "the teacher's has an adapter beside it (merge the adapter)"
     if not weight.is_floating_point():

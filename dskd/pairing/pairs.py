@@ -103,7 +103,7 @@ def _shapes(student: Tensor, teacher: Tensor) -> str:
 
 def _changed(weight: object) -> str:
     if type(weight).__name__ == "DTensor":
-        return "is sharded over processes by now (a DTensor); DSKD needs whole weights, such as DDP keeps"
+        return "is sharded over processes by now; pair the layers and make the loss after fully_shard"
     return (
         "has another weight than when it was paired; pair the layers and make the loss after what replaces weights "
         "(load_state_dict(assign=True), peft, a parametrization)"

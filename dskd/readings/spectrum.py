@@ -46,6 +46,7 @@ class Spectrum(Reading):
     score: Score = sensitivity
     span: str = "step"
     any_shape = True
+    lasting = ("sigma",)
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
