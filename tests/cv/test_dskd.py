@@ -68,7 +68,7 @@ def test_the_loss_compares_the_weights_of_the_mapped_layers(teacher, student):
     gaps = [ours.get_submodule(a).weight - theirs.get_submodule(b).weight for a, b in names]
     # before the first choice of directions each of the r = min(m, n) weighs 1 / r
     expected = sum(gap.double().square().sum() / min(len(gap), gap[0].numel()) for gap in gaps) / len(gaps)
-    torch.testing.assert_close(build_dskd(ours, theirs, settings())().double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(build_dskd(layer_pairs(ours, theirs, settings()), settings(), seed=1)().double(), expected, rtol=1e-5, atol=0)
 
 
 def test_pairs_by_name_take_a_star_alike_in_both():
@@ -84,7 +84,7 @@ def test_pairs_by_name_take_a_star_alike_in_both():
 def test_a_student_layer_with_two_teachers_is_refused():
     pairs = [["stages.0.0.conv2", "stages.0.0.conv2"], ["stages.*.0.conv2", "stages.*.1.conv2"]]
     with pytest.raises(UserError, match=r"DSKD\.PAIRS names the student's layer stages\.0\.0\.conv2 2 times"):
-        build_dskd(network("resnet8"), network("resnet14"), settings(PAIRS=pairs))
+        layer_pairs(network("resnet8"), network("resnet14"), settings(PAIRS=pairs))
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,8 @@ def arms(basis: str, rank: int, steps: int) -> dict[str, tuple[DirectionSensitiv
         students = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in SHAPES.values()]
         teachers = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES.values()]
         pairs = list(zip(SHAPES, students, teachers, strict=True))
-        dskd = DirectionSensitivityLoss(pairs, rank, svd_steps=1, basis=basis, grad_steps=1, direction=direction)
+        block = settings(RANK=rank, BASIS=basis, SVD_STEPS=1, GRAD_STEPS=1, DRIFT=0.0, DIRECTION=direction)
+        dskd = build_dskd(pairs, block, seed=5)
         optimizer = torch.optim.SGD(students, lr=0.1)
         for step in range(steps):
             for weight in students:
@@ -309,10 +310,10 @@ def test_the_random_arm_draws_a_direction_of_its_own_for_every_matrix_and_step()
     assert cosines.fill_diagonal_(0).abs().max() < 0.6
 
 
-def test_an_unknown_direction_is_refused():
-    pair = ("w", nn.Parameter(torch.ones(2, 2)), torch.zeros(2, 2))
-    with pytest.raises(ValueError, match=r"direction must be one of sensitive, .*, released, got 'up'"):
-        DirectionSensitivityLoss([pair], direction="up")
+def test_pairs_that_cannot_be_aligned_are_the_users_error():
+    pair = ("w", nn.Parameter(torch.ones(2, 2), requires_grad=False), torch.zeros(2, 2))
+    with pytest.raises(UserError, match="pair w: the student's weight is frozen"):
+        build_dskd([pair], settings(), seed=1)
 
 
 # A student that starts as the teacher's blocks

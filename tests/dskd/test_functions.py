@@ -1,4 +1,4 @@
-"""The pure functions of common/svd_loss.py beside the float64 oracle and finite differences."""
+"""The pure functions of dskd/ beside the float64 oracle and finite differences."""
 
 import numpy as np
 import oracle
@@ -6,14 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from common.svd_loss import (
-    direction_sensitivity,
-    low_rank_alignment,
-    select_directions,
-    selected_count,
-    update_alignment,
-)
+from dskd import Update, direction_sensitivity, low_rank_alignment, select_directions
 from dskd.matrices import DRIVERS, as_matrix, inner_product, right_singular
+from dskd.sensitivity import selected_count
 
 SHAPES = {"square": (6, 6), "wide": (4, 9), "tall": (9, 4)}
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -250,16 +245,16 @@ def test_mixed_precision_does_not_reach_the_functions(driver):
 
 def test_the_functions_take_their_arguments_by_name():
     update, grad, teacher = (random(6, 4, seed=seed) for seed in (1, 2, 3))
-    w, left, right = random_weights(4), random(6, 4, seed=4), random(4, 4, seed=5)
+    w = random_weights(4)
     by_name = (
         direction_sensitivity(update=update, grad=grad, alpha=0.5),
         low_rank_alignment(student=update, teacher=teacher, weights=w),
-        update_alignment(student=update, teacher=teacher, weights=w, left=left, right=right),
+        select_directions(scores=w, rank=2),
     )
     by_place = (
         direction_sensitivity(update, grad, 0.5),
         low_rank_alignment(update, teacher, w),
-        update_alignment(update, teacher, w, left, right),
+        select_directions(w, 2),
     )
     assert_close(by_name, by_place)
 
@@ -300,13 +295,14 @@ def test_own_refuses_weights_of_another_length():
 # The alignment loss `update`
 @every_shape
 def test_update_loss_and_gradient_equal_the_oracle(shape):
-    student, teacher, update = random(*shape, seed=1).requires_grad_(), random(*shape, seed=2), random(*shape, seed=3)
+    student, teacher, update = random(*shape, seed=1), random(*shape, seed=2), random(*shape, seed=3)
     w = random_weights(min(shape))
     left, _, right = torch.linalg.svd(update, full_matrices=False)
-    loss = update_alignment(student, teacher, w, left, right.mT)
-    (actual,) = torch.autograd.grad(loss, student)
+    order = w.argsort(descending=True)  # directions come with the largest weight first
+    chosen = {"weights": w[None], "left": left[None, :, order], "right": right.mT[None, :, order]}
+    loss, actual = Update(0).value_and_gradient(student[None], {"teacher": teacher[None]}, chosen)
     assert loss.item() == pytest.approx(oracle.update_loss(student, teacher, update, w.numpy()))
-    assert_close(actual, torch.from_numpy(oracle.update_gradient(student, teacher, update, w.numpy())))
+    assert_close(actual[0], torch.from_numpy(oracle.update_gradient(student, teacher, update, w.numpy())))
 
 
 # Matrices

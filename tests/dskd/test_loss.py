@@ -1,7 +1,7 @@
 """DirectionSensitivityLoss in small training runs, each recomputed with the float64 oracle.
 
-`python -m pytest tests/test_svd_loss.py` compares with tests/golden/svd_loss.json. After a change of the numerics that
-is meant, write the file anew with `PYTHONPATH=. python tests/test_svd_loss.py` and say why in the commit.
+`python -m pytest tests/dskd/test_loss.py` compares with tests/golden/svd_loss.json. After a change of the numerics that
+is meant, write the file anew with `PYTHONPATH=.:tests/helpers python tests/dskd/test_loss.py` and say why in the commit.
 """
 
 import contextlib
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dskd import Curvature, DirectionSensitivityLoss, Own, Update
 from dskd.matrices import DRIVERS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "svd_loss.json"
 SHAPES = {"square": (5, 5), "wide": (4, 7), "tall": (7, 4), "conv": (4, 2, 3, 3)}
 TOTAL = 20  # planned steps
+BASES = ("own", "update", "curvature")
 every_basis = pytest.mark.parametrize("basis", BASES)
 SINGULAR_BASES = ("own", "update")  # of singular directions
 every_singular_basis = pytest.mark.parametrize("basis", SINGULAR_BASES)
@@ -279,9 +281,12 @@ def test_the_loss_in_between_is_the_first_order_expansion(basis):
         run.train(1)
 
 
-def test_grad_steps_default_to_svd_steps():
-    held, explicit = Run(rank=3, svd_steps=5), Run(rank=3, svd_steps=5, grad_steps=5)
-    assert held.train(12) == explicit.train(12)
+def test_by_default_the_gradient_is_exact_in_every_step():
+    default, explicit = Run(rank=3, svd_steps=5), Run(rank=3, svd_steps=5, grad_steps=1)
+    pairs = [(name, weight, default.teachers[name]) for name, weight in default.students.items()]
+    default.dskd = DirectionSensitivityLoss(pairs, Own(rank=3), svd_steps=5)
+    assert default.train(12) == explicit.train(12)
+    assert default.dskd.expansions == 12
 
 
 @every_basis
@@ -623,12 +628,60 @@ def test_a_state_of_another_shape_is_refused(steps, other):
         Run(shapes={"a": other}, rank=2, svd_steps=2).dskd.load_state_dict(run.dskd.state_dict())
 
 
-@pytest.mark.parametrize("changed", [{"rank": 2}, {"basis": "update"}, {"direction": "random"}])
-def test_a_state_of_other_settings_is_refused(changed):
-    run = Run(rank=3, svd_steps=2)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rank": 2},
+        {"basis": "update"},
+        {"direction": "random"},
+        {"smoothing": 0.1},
+        {"driver": "svd"},
+        {"alpha": 0.0},
+        {"score": "random"},
+        {"score": "tempered"},
+        {"span": "interval"},
+    ],
+    ids=str,
+)
+def test_a_state_of_another_reading_is_refused_with_both(changed):
+    run, other = Run(rank=3, svd_steps=2), Run(**{"rank": 3, "svd_steps": 2} | changed)
     run.train(3)
-    with pytest.raises(ValueError, match="|".join(changed)):
-        Run(**{"rank": 3, "svd_steps": 2} | changed).dskd.load_state_dict(run.dskd.state_dict())
+    with pytest.raises(ValueError) as caught:
+        other.dskd.load_state_dict(run.dskd.state_dict())
+    assert str(caught.value) == f"the saved DSKD state is of {run.dskd.reading!r}, not {other.dskd.reading!r}"
+    assert repr(run.dskd.reading) != repr(other.dskd.reading)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"pairs": {}}, {"pairs": {}, "settings": {}, "counters": {}, "groups": []}])
+def test_what_is_no_state_of_this_version_is_refused(state):
+    with pytest.raises(ValueError, match="not one of this version"):
+        Run(rank=3).dskd.load_state_dict(state)
+
+
+def test_a_refused_state_changes_nothing():
+    run, other = Run(rank=3, svd_steps=2), Run(rank=2, svd_steps=2)
+    run.train(3)
+    before = dumped(other.dskd.state_dict())
+    with pytest.raises(ValueError, match="is of Own"):
+        other.dskd.load_state_dict(run.dskd.state_dict())
+    assert dumped(other.dskd.state_dict()) == before
+
+
+def test_a_state_is_plain_tensors_and_numbers():
+    run = Run(rank=3, svd_steps=2, span="interval")
+    run.train(3)
+    run.dskd()
+    loaded = torch.load(io.BytesIO(dumped(run.dskd.state_dict())), weights_only=True)
+    assert dumped(loaded) == dumped(run.dskd.state_dict())
+
+
+@every_basis
+def test_what_was_chosen_is_a_tensor_with_a_row_a_pair(basis):
+    run = Run(rank=rank_of(basis), svd_steps=2, basis=basis)
+    run.train(2)
+    for group in run.dskd.groups:
+        assert group.chosen
+        assert all(isinstance(value, Tensor) and len(value) == len(group) for value in group.chosen.values())
 
 
 # Precision and layout
@@ -723,7 +776,7 @@ def test_a_weight_that_is_a_slice_gives_the_same_loss():
     for dskd in (sliced, copied):
         dskd()
         with torch.no_grad():
-            dskd._students[0].mul_(1.1)
+            dskd.students[0].mul_(1.1)
     assert_close(sliced(), copied())
 
 
@@ -758,7 +811,7 @@ def on_meta(**settings) -> DirectionSensitivityLoss:
 
 def observed_step(dskd: DirectionSensitivityLoss) -> None:
     dskd().backward()
-    optimizer = torch.optim.SGD(dskd._students, lr=0.1)
+    optimizer = torch.optim.SGD(dskd.students, lr=0.1)
     with dskd.observe(progress=0.0):
         optimizer.step()
 
@@ -819,21 +872,61 @@ def test_effective_directions_are_one_over_the_sum_of_squares():
 
 
 # Bad settings
+def one_pair() -> list[tuple[str, Tensor, Tensor]]:
+    return [("layer", nn.Parameter(torch.ones(3, 2)), torch.zeros(3, 2))]
+
+
+@pytest.mark.parametrize("name", ["svd_steps", "grad_steps"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, "5", None])
+def test_an_interval_that_is_no_number_of_steps_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be a whole number of at least 1, got {value!r}"):
+        DirectionSensitivityLoss(one_pair(), **{name: value})
+
+
+@pytest.mark.parametrize("reading", [Own, Update])
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": -1}, "rank"),
-        ({"svd_steps": 0}, "svd_steps"),
-        ({"grad_steps": 0}, "grad_steps"),
-        ({"basis": "teacher"}, "basis.*own, update.*teacher"),
+        ({"rank": -1}, "rank must be 0 .* got -1"),
+        ({"rank": 2.5}, r"rank must be 0 .* got 2\.5"),
+        ({"rank": True}, "rank must be 0 .* got True"),
         ({"driver": "qr"}, "driver.*gram, svd.*qr"),
-        ({"direction": "best"}, "direction.*sensitive, plain, random.*best"),
+        ({"span": "epoch"}, "span.*step, interval.*epoch"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=str,
 )
-def test_a_bad_setting_is_refused(settings, message):
+def test_a_bad_setting_of_a_reading_is_refused(reading, settings, message):
     with pytest.raises(ValueError, match=message):
-        Run(**settings)
+        reading(**settings)
+
+
+@pytest.mark.parametrize("memory", [-0.1, 1.0, float("nan")])
+def test_a_memory_outside_the_unit_interval_is_refused(memory):
+    with pytest.raises(ValueError, match="memory"):
+        Curvature(memory)
+
+
+@pytest.mark.parametrize(
+    ("reading", "setting"),
+    [
+        *((Update, setting) for setting in ("smoothing", "alpha", "memory")),
+        *((Own, setting) for setting in ("alpha", "memory")),
+        *((Curvature, setting) for setting in ("rank", "driver", "score", "span", "smoothing", "alpha")),
+    ],
+)
+def test_a_reading_has_no_setting_without_an_effect(reading, setting):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{setting}'"):
+        reading(**{setting: 0})
+
+
+@pytest.mark.parametrize("reading", [3, "own", Own], ids=str)
+def test_what_is_no_reading_is_refused(reading):
+    with pytest.raises(TypeError, match=r"reading must be one such as Own\(rank=32\)"):
+        DirectionSensitivityLoss(one_pair(), reading)
+
+
+def test_the_reading_is_the_papers_by_default():
+    assert DirectionSensitivityLoss(one_pair()).reading == Own(rank=32, smoothing=0.0, driver="gram", span="step")
 
 
 def test_no_pairs_are_refused():

@@ -6,8 +6,7 @@ from losses import make_loss
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from common.svd_loss import direction_sensitivity, select_directions
-from dskd import groups
+from dskd import DirectionSensitivityLoss, direction_sensitivity, groups, select_directions
 from dskd.matrices import right_singular
 
 every_singular_basis = pytest.mark.parametrize("basis", ["own", "update"])
@@ -226,8 +225,8 @@ def test_smoothing_below_zero_or_not_finite_is_refused():
 def test_an_optimizer_that_leaves_the_gradient_alone_needs_no_copy_of_it():
     dskd, students = loss_of([(9, 6)], svd_steps=2)
     seen = []
-    choose = dskd._choose_directions
-    dskd._choose_directions = lambda before, grads, *rest: seen.extend(grads) or choose(before, grads, *rest)
+    choose = dskd._choose
+    dskd._choose = lambda step: seen.extend(step.gradients) or choose(step)
     for _ in range(2):
         move(dskd, students, 0.01)
     assert [grad.data_ptr() for grad in seen] == [students[0].grad.data_ptr()]
