@@ -302,8 +302,9 @@ def test_the_plain_arm_points_along_the_difference_of_the_weights(basis):
 def test_the_random_arm_draws_a_direction_of_its_own_for_every_matrix_and_step():
     dskd, students, _ = arms("own", 2, 3)["random"]
     first = gradients(dskd, students)
-    with dskd.observe(0.5):
-        pass
+    with dskd.observe(0.5), torch.no_grad():
+        for weight in students:
+            weight += 0.01
     second = gradients(dskd, students)
     directions = [(g / g.norm()).flatten() for g in (first[0], first[3], second[0], second[3])]
     cosines = torch.stack(directions) @ torch.stack(directions).T
