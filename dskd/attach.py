@@ -51,6 +51,7 @@ class Attachment:
         optimizers = [_unwrapped(each) for each in ([optimizer] if isinstance(optimizer, Optimizer) else optimizer)]
         self._places = self._places_in(optimizers)
         self._step: ObservedStep | None = None
+        self._gradients: list[Tensor] = []  # of the loss, for the optimizers of the present step that come later
         self._stepped: set[int] = set()  # of the optimizers, by id, in the present step
         if total_steps < loss.svd_steps:
             loss.watch.warn(
@@ -105,7 +106,9 @@ class Attachment:
         if id(optimizer) in self._stepped:  # the others were left out
             self._finish()
         if self.weight is not None:
-            self._add_gradient(places, optimizer)
+            gradients = self._gradients if self._step is not None else self.loss.gradients()
+            self._add_gradient(places, optimizer, gradients)
+            self._gradients = gradients if len(self._places) > 1 else []
         if self._step is None:
             progress = min(self.loss.steps / self.total_steps, 1.0)
             skip = self.skip() if self.skip is not None and self.loss.due else ()
@@ -114,18 +117,18 @@ class Attachment:
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(optimizer) in self._places and self._step is not None:
+            self._step.settle(self._places[id(optimizer)])
             self._stepped.add(id(optimizer))
             if len(self._stepped) == len(self._places):
                 self._finish()
 
     def _finish(self) -> None:
-        step, self._step, self._stepped = self._step, None, set()
+        step, self._step, self._stepped, self._gradients = self._step, None, set(), []
         if step is not None:
             self.loss.end_step(step)
 
-    def _add_gradient(self, places: list[int], optimizer: Optimizer) -> None:
+    def _add_gradient(self, places: list[int], optimizer: Optimizer, gradients: list[Tensor]) -> None:
         assert self.weight is not None
-        gradients = self.loss.gradients()
         scale = getattr(optimizer, "grad_scale", None)  # of a scaler whose optimizer unscales by itself
         wanted: list[Tensor] = [gradients[i] for i in places]
         if scale is not None:
