@@ -52,7 +52,8 @@ class Attachment:
         self._places = self._places_in(optimizers)
         self._step: ObservedStep | None = None
         self._gradients: list[Tensor] = []  # of the loss, for the optimizers of the present step that come later
-        self._stepped: set[int] = set()  # of the optimizers, by id, in the present step
+        self._begun: set[int] = set()  # of the optimizers, by id, in the present step
+        self._stepped: set[int] = set()
         if total_steps < loss.svd_steps:
             loss.watch.warn(
                 f"{total_steps} steps are planned and directions are chosen every {loss.svd_steps} (svd_steps): none "
@@ -65,8 +66,7 @@ class Attachment:
         """Follow no longer; nothing stays on the optimizer."""
         for hook in self._hooks:
             hook.remove()
-        if self._step is not None:
-            self._step.forget()
+        self._forget()
         self.loss.attachment = None
 
     def _places_in(self, optimizers: list[Optimizer]) -> dict[int, list[int]]:
@@ -84,6 +84,8 @@ class Attachment:
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the step, or after the closure that the step begins with, when the gradients are there."""
+        if id(optimizer) in self._begun - self._stepped:  # its last step has raised: there was none
+            self._forget()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._begin(optimizer)
@@ -106,13 +108,14 @@ class Attachment:
         if id(optimizer) in self._stepped:  # the others were left out
             self._finish()
         if self.weight is not None:
-            gradients = self._gradients if self._step is not None else self.loss.gradients()
+            gradients = self._gradients or self.loss.gradients()
             self._add_gradient(places, optimizer, gradients)
             self._gradients = gradients if len(self._places) > 1 else []
         if self._step is None:
             progress = min(self.loss.steps / self.total_steps, 1.0)
             skip = self.skip() if self.skip is not None and self.loss.due else ()
             self._step = self.loss.begin_step(progress, skip)
+        self._begun.add(id(optimizer))
         self._step.note_gradients(places)
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -123,9 +126,16 @@ class Attachment:
                 self._finish()
 
     def _finish(self) -> None:
-        step, self._step, self._stepped, self._gradients = self._step, None, set(), []
+        step = self._step
+        self._forget()
         if step is not None:
             self.loss.end_step(step)
+
+    def _forget(self) -> None:
+        if self._step is not None:
+            self._step.forget()
+        self._step, self._gradients = None, []
+        self._begun, self._stepped = set(), set()
 
     def _add_gradient(self, places: list[int], optimizer: Optimizer, gradients: list[Tensor]) -> None:
         assert self.weight is not None

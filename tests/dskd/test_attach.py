@@ -206,6 +206,50 @@ def test_a_choice_is_made_up_for_where_a_fused_optimizer_leaves_its_step_out():
     assert loop.dskd.choices == 1
 
 
+@pytest.mark.parametrize("weight", [None, 0.1])
+@pytest.mark.parametrize("at", [1, 2], ids=["between", "due"])
+def test_a_step_that_raises_is_none_and_training_may_go_on(at, weight):
+    loop, same = Loop(svd_steps=3), Loop(svd_steps=3)
+    for each in (loop, same):
+        each.dskd.attach(each.optimizer, TOTAL, weight)
+        each.train(at)
+    loop.optimizer.zero_grad()
+    loop.backward()
+    lr, loop.optimizer.param_groups[0]["lr"] = loop.optimizer.param_groups[0]["lr"], "fast"
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        loop.optimizer.step()
+    loop.optimizer.param_groups[0]["lr"] = lr
+    for each in (loop, same):
+        each.train(5)
+    assert_alike(loop, same)
+
+
+class Perturbed(torch.optim.SGD):
+    """Calls its closure twice in a step, as sharpness-aware optimizers do."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        for _ in range(2):
+            with torch.enable_grad():
+                closure()
+            for group in self.param_groups:
+                for W in group["params"]:
+                    W -= group["lr"] * W.grad
+
+
+def test_a_step_with_two_backward_passes_is_refused():
+    loop = Loop(svd_steps=1)
+    loop.optimizer = Perturbed(list(loop.students.values()), lr=0.01)
+    loop.dskd.attach(loop.optimizer, TOTAL)
+
+    def closure() -> None:
+        loop.optimizer.zero_grad()
+        loop.backward()
+
+    with pytest.raises(RuntimeError, match="a backward pass ran inside"):
+        loop.optimizer.step(closure)
+
+
 # Closures
 @pytest.mark.parametrize("by_name", [False, True], ids=["by_place", "by_name"])
 @pytest.mark.parametrize("set_to_none", [False, True])
