@@ -43,8 +43,8 @@ class Loop:
 
     def task(self) -> Tensor:
         """Another one in every step, with a gradient for every weight."""
-        parts = zip(self.students.values(), SHAPES.items(), strict=True)
-        return sum(((W * draw(*shape, seed=1000 + self.number).to(W.dtype)) - 0.5).square().sum() for W, (_, shape) in parts)
+        weights = self.students.values()
+        return sum((W * draw(*W.shape, seed=1000 + self.number).to(W.dtype) - 0.5).square().sum() for W in weights)
 
     def backward(self, share: float = 0.1) -> None:
         loss = self.task()
@@ -145,13 +145,13 @@ def test_a_pair_whose_weight_got_no_gradient_keeps_its_directions():
 
 
 def test_gradients_are_those_after_clipping():
-    attached, observed = (Loop(svd_steps=1, alpha=1.0) for _ in range(2))
-    attached.dskd.attach(attached.optimizer, TOTAL)
-    seen, choose = [], attached.dskd._choose
-    attached.dskd._choose = lambda step: seen.extend(G.clone() for G in step.gradients) or choose(step)
-    attached.backward()
-    nn.utils.clip_grad_value_(list(attached.students.values()), 0.01)
-    attached.optimizer.step()
+    loop = Loop(svd_steps=1)
+    loop.dskd.attach(loop.optimizer, TOTAL)
+    seen, choose = [], loop.dskd._choose
+    loop.dskd._choose = lambda step: seen.extend(G.clone() for G in step.gradients) or choose(step)
+    loop.backward()
+    nn.utils.clip_grad_value_(list(loop.students.values()), 0.01)
+    loop.optimizer.step()
     assert max(G.abs().max().item() for G in seen) == pytest.approx(0.01)
 
 
@@ -660,7 +660,7 @@ def test_a_weight_that_is_no_weight_is_refused(weight):
 
 def test_a_refused_attachment_leaves_nothing_behind():
     loop = Loop()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="pair wide"):
         loop.dskd.attach(torch.optim.SGD([loop.students["square"]], lr=0.1), TOTAL)
     loop.dskd.attach(loop.optimizer, TOTAL)
     loop.train(2)

@@ -304,8 +304,8 @@ def all_gradients(run: Run) -> list[Tensor]:
 
 # The shuffled teacher
 def seen_teachers(seed: int) -> dict[str, Tensor]:
-    """The matrices that the control pulls to. While all directions weigh alike the loss is mean ||W_s - W||^2 / r, and its
-    gradient at W_s = 0 is -2 W / r / pairs."""
+    """The matrices that the control pulls to. While all directions weigh alike the loss is mean ||W_s - W||^2 / r, and
+    its gradient at W_s = 0 is -2 W / r / pairs."""
     run = Run(direction="shuffled", rank=0, seed=seed)
     with torch.no_grad():
         for W in run.students.values():
@@ -391,7 +391,7 @@ def test_an_alpha_outside_the_unit_interval_is_refused(alpha):
 
 @pytest.mark.parametrize("reading", [Update(3), Curvature(), Plain(Own())], ids=repr)
 def test_the_released_gradient_is_one_of_own_alone(reading):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="one of Own") as caught:
         ReleasedGradient(reading)
     assert str(caught.value) == f"the released gradient is one of Own, not of {reading!r}"
 
@@ -440,7 +440,7 @@ def test_a_control_is_named_with_its_reading_and_its_seed():
 @pytest.mark.parametrize("settings", [{"direction": "random"}, {"score": "random"}])
 def test_a_state_of_another_seed_is_refused(settings):
     run, other = Run(**settings), Run(**settings, seed=2)
-    with pytest.raises(ValueError, match="seed=1.* not .*seed=2"):
+    with pytest.raises(ValueError, match=r"seed=1.* not .*seed=2"):
         other.dskd.load_state_dict(run.dskd.state_dict())
 
 
