@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from losses import loss_of, move
 from torch import Tensor, nn
+from torch.testing import assert_close
 
-from dskd import DirectionSensitivityLoss
+from dskd import DirectionSensitivityLoss, groups
 from dskd.groups import check_pairs, group_by_shape
 
 
@@ -106,7 +108,7 @@ def test_pairs_of_one_shape_precision_and_device_share_a_group():
     def pair(name: str, *shape: int, dtype=torch.float32):
         return name, nn.Parameter(torch.ones(shape, dtype=dtype)), torch.ones(shape, dtype=dtype)
 
-    groups = group_by_shape(
+    found = group_by_shape(
         [
             pair("a", 4, 18),
             pair("b", 18, 4),
@@ -115,7 +117,7 @@ def test_pairs_of_one_shape_precision_and_device_share_a_group():
             pair("e", 4, 18, dtype=torch.float64),
         ]
     )
-    assert [(group.index, group.m, group.n, group.dtype) for group in groups] == [
+    assert [(group.index, group.m, group.n, group.dtype) for group in found] == [
         ([0, 2, 3], 4, 18, torch.float32),  # bfloat16 is worked on in float32
         ([1], 18, 4, torch.float32),
         ([4], 4, 18, torch.float64),
@@ -133,3 +135,15 @@ def test_a_stack_has_the_matrices_of_its_rows_in_the_working_precision():
 def test_a_stack_of_no_rows_has_none():
     (group,) = group_by_shape([("a", weight(4, 3), torch.ones(4, 3))])
     assert group.stack([], []).shape == (0, 4, 3)
+
+
+@pytest.mark.parametrize(("basis", "rank"), [("own", 3), ("update", 3), ("curvature", 0)])
+def test_the_parts_of_a_refresh_do_not_change_it(basis, rank, monkeypatch):
+    results = []
+    for at_once in (10**9, 1):  # all matrices of a shape together, or one at a time
+        monkeypatch.setattr(groups, "_AT_ONCE", at_once)
+        dskd, students = loss_of([(9, 6), (6, 9), (9, 6), (6, 6), (6, 6)], rank=rank, svd_steps=2, basis=basis)
+        for _ in range(5):
+            move(dskd, students, 0.01)
+        results.append((dskd().detach(), [W.grad for W in students], list(dskd.direction_weights().values())))
+    assert_close(*results, rtol=1e-9, atol=1e-12)

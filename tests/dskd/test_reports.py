@@ -3,6 +3,7 @@
 import pytest
 import torch
 from losses import make_loss
+from runs import Run
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -108,3 +109,20 @@ def test_a_pair_without_a_choice_has_no_spectrum():
             W += 0.1 * drawn(*W.shape, seed=20 + i)
     assert dskd.update_spectra()["tall"][0] == 1
     assert not dskd.update_spectra()["again"].any()
+
+
+# How many directions the weights amount to
+def test_effective_directions_start_at_rank():
+    run = Run(rank=3)
+    assert run.dskd.effective_directions() == {name: 3.0 for name in run.students}
+
+
+def test_effective_directions_of_a_rank_above_r_are_r():
+    assert Run(rank=0).dskd.effective_directions() == {"square": 5.0, "wide": 4.0, "tall": 4.0, "conv": 4.0}
+
+
+def test_effective_directions_are_one_over_the_sum_of_squares():
+    run = Run(rank=3, svd_steps=2)
+    run.train(2)
+    for name, w in run.weights().items():
+        assert run.dskd.effective_directions()[name] == pytest.approx(1 / sum(x * x for x in w.tolist()))
