@@ -35,6 +35,7 @@ from ..matrices import (
 from ..sensitivity import (
     Score,
     check_rank,
+    check_score,
     padded,
     scored_directions,
     select_directions,
@@ -59,7 +60,7 @@ class Own(Reading):
         span: see `Reading`.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError, TypeError: a setting out of range.
     """
 
     rank: int = 32
@@ -71,6 +72,7 @@ class Own(Reading):
     def __post_init__(self) -> None:
         check_rank(self.rank)
         check_driver(self.driver)
+        check_score(self.score)
         check_span(self.span)
         if not 0.0 <= self.smoothing < float("inf"):
             raise ValueError(f"smoothing must be 0 or a positive number, got {self.smoothing}")
