@@ -51,7 +51,9 @@ class Attachment:
         optimizers = [_unwrapped(each) for each in ([optimizer] if isinstance(optimizer, Optimizer) else optimizer)]
         self._places = self._places_in(optimizers)
         self._step: ObservedStep | None = None
-        self._stepped: set[int] = set()  # of the optimizers, by id, in the present step
+        self._gradients: list[Tensor] = []  # of the loss, for the optimizers of the present step that come later
+        self._begun: set[int] = set()  # of the optimizers, by id, in the present step
+        self._stepped: set[int] = set()
         if total_steps < loss.svd_steps:
             loss.watch.warn(
                 f"{total_steps} steps are planned and directions are chosen every {loss.svd_steps} (svd_steps): none "
@@ -64,8 +66,7 @@ class Attachment:
         """Follow no longer; nothing stays on the optimizer."""
         for hook in self._hooks:
             hook.remove()
-        if self._step is not None:
-            self._step.forget()
+        self._forget()
         self.loss.attachment = None
 
     def _places_in(self, optimizers: list[Optimizer]) -> dict[int, list[int]]:
@@ -83,6 +84,8 @@ class Attachment:
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the step, or after the closure that the step begins with, when the gradients are there."""
+        if id(optimizer) in self._begun - self._stepped:  # its last step has raised: there was none
+            self._forget()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._begin(optimizer)
@@ -105,27 +108,37 @@ class Attachment:
         if id(optimizer) in self._stepped:  # the others were left out
             self._finish()
         if self.weight is not None:
-            self._add_gradient(places, optimizer)
+            gradients = self._gradients or self.loss.gradients()
+            self._add_gradient(places, optimizer, gradients)
+            self._gradients = gradients if len(self._places) > 1 else []
         if self._step is None:
             progress = min(self.loss.steps / self.total_steps, 1.0)
             skip = self.skip() if self.skip is not None and self.loss.due else ()
             self._step = self.loss.begin_step(progress, skip)
+        self._begun.add(id(optimizer))
         self._step.note_gradients(places)
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(optimizer) in self._places and self._step is not None:
+            self._step.settle(self._places[id(optimizer)])
             self._stepped.add(id(optimizer))
             if len(self._stepped) == len(self._places):
                 self._finish()
 
     def _finish(self) -> None:
-        step, self._step, self._stepped = self._step, None, set()
+        step = self._step
+        self._forget()
         if step is not None:
             self.loss.end_step(step)
 
-    def _add_gradient(self, places: list[int], optimizer: Optimizer) -> None:
+    def _forget(self) -> None:
+        if self._step is not None:
+            self._step.forget()
+        self._step, self._gradients = None, []
+        self._begun, self._stepped = set(), set()
+
+    def _add_gradient(self, places: list[int], optimizer: Optimizer, gradients: list[Tensor]) -> None:
         assert self.weight is not None
-        gradients = self.loss.gradients()
         scale = getattr(optimizer, "grad_scale", None)  # of a scaler whose optimizer unscales by itself
         wanted: list[Tensor] = [gradients[i] for i in places]
         if scale is not None:

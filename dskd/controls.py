@@ -72,6 +72,7 @@ class RandomDirection(Control):
         return value, _with_norm_of(gradient_mn, other)
 
 
+@dataclass(frozen=True, repr=False)
 class ReleasedGradient(Control):
     """Around `Own`: the gradient of the authors' release, with its own norm. It is not the gradient of the loss.
 

@@ -123,11 +123,13 @@ class DirectionSensitivityLoss(Reports, Saved):
             RuntimeError: a backward pass ran inside.
         """
         step = self.begin_step(progress, skip)
-        step.note_gradients(range(len(self.students)))
+        everything = range(len(self.students))
+        step.note_gradients(everything)
         try:
             yield
         finally:
             step.forget()
+        step.settle(everything)
         self.end_step(step)
 
     @property

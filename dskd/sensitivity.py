@@ -137,6 +137,11 @@ def selected_count(rank: int, r: int) -> int:
     return min(rank, r) if check_rank(rank) else r
 
 
+def check_score(score: Score) -> None:
+    if not callable(score):
+        raise TypeError(f"score must be a function such as dskd.sensitivity.tempered, got {score!r}")
+
+
 def check_rank(rank: int) -> int:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
         raise ValueError(f"rank must be 0 (all directions) or a positive whole number, got {rank!r}")

@@ -36,6 +36,7 @@ from ..matrices import (
 from ..sensitivity import (
     Score,
     check_rank,
+    check_score,
     padded,
     scored_directions,
     select_directions,
@@ -62,7 +63,7 @@ class Own(Reading):
         span: see `Reading`.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError, TypeError: a setting out of range.
     """
 
     rank: int = 32
@@ -75,6 +76,7 @@ class Own(Reading):
     def __post_init__(self) -> None:
         check_rank(self.rank)
         check_driver(self.driver)
+        check_score(self.score)
         check_span(self.span)
         if not 0.0 <= self.smoothing < float("inf"):
             raise ValueError(f"smoothing must be 0 or a positive number, got {self.smoothing}")
@@ -168,14 +170,14 @@ def _fixed(teacher_mn: Tensor, V_nn: Tensor, weights_n: Tensor, count: int) -> S
     """
     root_n = weights_n.sqrt().flip(-1)
     fixed = {"V": V_nn, "root": root_n}
-    V_nk = V_nn.flip(-1)
-    few = 2 * count < weights_n.shape[-1]
-    if few:
+    rising_nn = V_nn.flip(-1)
+    if 2 * count < weights_n.shape[-1]:
         fixed["index"] = root_n.topk(count).indices
         fixed["root"] = root_n.gather(-1, fixed["index"])
-        V_nk = columns(V_nk, fixed["index"])
-    left_mk = teacher_mn @ V_nk * fixed["root"].unsqueeze(-2)
-    fixed.update({"left": left_mk, "right": V_nk} if few else {"low_rank": left_mk @ V_nk.mT})
+        fixed["right"] = columns(rising_nn, fixed["index"])
+        fixed["left"] = teacher_mn @ fixed["right"] * fixed["root"].unsqueeze(-2)
+    else:
+        fixed["low_rank"] = teacher_mn @ _projection(rising_nn, root_n)
     fixed["steps"] = root_n.unsqueeze(-1) - fixed["root"].unsqueeze(-2)
     return fixed
 
@@ -189,7 +191,7 @@ def _aligned(student_mn: Tensor, fixed: State, driver: str, smoothing: float) ->
     lambda_n, V_nn = _eigenbasis(unit_mn, driver)  # sigma^2, rising
     if "index" in fixed:
         return _aligned_along_few(student_mn, unit_mn, fixed, lambda_n, V_nn, smoothing)
-    P_nn = (V_nn * fixed["root"].unsqueeze(-2)) @ V_nn.mT
+    P_nn = _projection(V_nn, fixed["root"])
     R_mn = torch.baddbmm(fixed["low_rank"], student_mn, P_nn, beta=-1)
     B_nn = V_nn.mT @ (unit_mn.mT @ R_mn) @ V_nn
     S_nn = _divided_differences(lambda_n, lambda_n, fixed["steps"], smoothing) * (B_nn + B_nn.mT)
@@ -211,6 +213,11 @@ def _aligned_along_few(
     Y_nk = V_nn @ (halved_n.unsqueeze(-1) * S_nk)
     D_mn = torch.baddbmm(unit_V_mk @ Y_nk.mT, R_V_mk * root_k + unit_mn @ Y_nk, V_nk.mT, beta=2, alpha=2)
     return R_mn.square().sum((-2, -1)), D_mn
+
+
+def _projection(V_nn: Tensor, root_n: Tensor) -> Tensor:
+    """P = V diag(p) V^T."""
+    return (V_nn * root_n.unsqueeze(-2)) @ V_nn.mT
 
 
 def _eigenbasis(unit_mn: Tensor, driver: str) -> tuple[Tensor, Tensor]:

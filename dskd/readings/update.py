@@ -9,6 +9,7 @@ from ..matrices import check_driver, columns, right_singular, tall, unit_scale
 from ..sensitivity import (
     Score,
     check_rank,
+    check_score,
     padded,
     scored_directions,
     select_directions,
@@ -33,7 +34,7 @@ class Update(Reading):
         span: see `Reading`.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError, TypeError: a setting out of range.
     """
 
     rank: int = 32
@@ -44,6 +45,7 @@ class Update(Reading):
     def __post_init__(self) -> None:
         check_rank(self.rank)
         check_driver(self.driver)
+        check_score(self.score)
         check_span(self.span)
 
     def start(self, student_mn: Tensor) -> State:

@@ -1,4 +1,4 @@
-"""The method written down a second time: float64 numpy, one singular triplet at a time, nothing shared with common/.
+"""The method written down a second time: float64 numpy, one singular triplet at a time, nothing shared with dskd/.
 
 Every function takes single (m, n) matrices and follows the formulas in docs/method.md to the letter, without floors or
 guards: it is meant for matrices in general position (distinct, positive singular values).
