@@ -67,8 +67,8 @@ class ObservedStep:
         replaced = any(grad is not None and grad is not self._noted[i] for i, grad in now.items())
         if self._late or replaced:
             raise RuntimeError(
-                "DSKD: a backward pass ran inside of `observe`, so that the gradients it saw are not the step's; "
-                "use `dskd.attach(optimizer, total_steps)`, which follows optimizers that call a closure"
+                "DSKD: a backward pass ran inside of the step, whose gradients are not those that were seen before it; "
+                "use `dskd.attach(optimizer, total_steps)`, which follows an optimizer that calls a closure once"
             )
 
     def gradients_held(self) -> bool:

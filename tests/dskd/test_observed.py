@@ -53,7 +53,7 @@ def test_a_backward_pass_inside_is_refused(before, set_to_none, basis):
 
     if before:
         task(students).backward()
-    told = r"a backward pass ran inside of `observe`.*`dskd\.attach"
+    told = r"a backward pass ran inside of the step.*`dskd\.attach"
     with pytest.raises(RuntimeError, match=told), dskd.observe(0.1):
         optimizer.step(closure)
 
