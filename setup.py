@@ -46,7 +46,7 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    packages=["dskd", "dskd.readings", "dskd.integrations"],
+    packages=["dskd", "dskd.pairing", "dskd.readings", "dskd.integrations"],
     package_dir={"": "."},
     package_data={"dskd": ["py.typed"]},
     install_requires=["torch>=2.5"],
@@ -56,6 +56,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "pytest-cov>=5",
             "hypothesis>=6.100",
             "ruff>=0.8",
             "mypy>=1.10",

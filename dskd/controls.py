@@ -31,6 +31,10 @@ class Control(Reading):
     def gradual(self) -> bool:  # type: ignore[override]
         return self.reading.gradual
 
+    @property
+    def lasting(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.reading.lasting
+
     def start(self, student_mn: Tensor) -> State:
         return self.reading.start(student_mn)
 
@@ -68,6 +72,7 @@ class RandomDirection(Control):
         return value, _with_norm_of(gradient_mn, other)
 
 
+@dataclass(frozen=True, repr=False)
 class ReleasedGradient(Control):
     """Around `Own`: the gradient of the authors' release, with its own norm. It is not the gradient of the loss.
 
@@ -190,5 +195,6 @@ def _generator(seed: int, numbers: Tensor) -> torch.Generator:
 
 
 def _with_norm_of(gradient_mn: Tensor, other_mn: Tensor) -> Tensor:
-    wanted, norm = (torch.linalg.matrix_norm(each, keepdim=True) for each in (gradient_mn, other_mn))
+    wanted: Tensor = torch.linalg.matrix_norm(gradient_mn, keepdim=True)
+    norm: Tensor = torch.linalg.matrix_norm(other_mn, keepdim=True)
     return other_mn * (wanted / torch.where(norm > 0, norm, 1.0))

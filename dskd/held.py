@@ -28,7 +28,7 @@ class _HandOut(torch.autograd.Function):
 
 def hand_out(value: Tensor, gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """`value`, (...), whose gradients with respect to `weights`, each (..., *), are `gradients`."""
-    handed: Tensor = _HandOut.apply(value, gradients, *weights)
+    handed: Tensor = _HandOut.apply(value, gradients, *weights)  # type: ignore[no-untyped-call]
     return handed
 
 

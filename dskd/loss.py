@@ -13,7 +13,6 @@ gradient are computed along them (`_expand`). The formulas are in readings/ and 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +26,11 @@ from .observed import ObservedStep
 from .processes import collect
 from .readings import Own, Reading
 from .reports import Reports
-from .state import load_state, saved_state
+from .state import Saved
 from .watch import Watch
 
 
-class DirectionSensitivityLoss(Reports):
+class DirectionSensitivityLoss(Reports, Saved):
     """L_DSKD, the mean alignment loss over matched pairs of layers, with directions that follow the optimizer.
 
     Calling it gives the loss, a scalar whose gradient goes to the student's weights. It must see every optimizer step,
@@ -69,14 +68,15 @@ class DirectionSensitivityLoss(Reports):
         grad_steps: int = 1,
         drift: float = 0.0,
     ):
-        check_pairs(pairs)
         check_intervals(svd_steps, grad_steps, drift)
         self.reading = Own() if reading is None else reading
         if not isinstance(self.reading, Reading):
             raise TypeError(f"reading must be one such as Own(rank=32), got {reading!r}")
+        self.pairs = check_pairs(pairs, self.reading.any_shape)
         self.svd_steps, self.grad_steps, self.drift = svd_steps, grad_steps, drift
         self.steps = self.choices = self.expansions = 0
-        self.names, self.students, self.teachers = ([pair[place] for pair in pairs] for place in range(3))
+        self.names = [name for name, _, _ in pairs]
+        self.students, self.teachers = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
         self.groups = group_by_shape(pairs)
         self.held: Held | None = None
         self.starts: list[Tensor] = []  # with span "interval": the weights after every pair's last choice
@@ -123,11 +123,13 @@ class DirectionSensitivityLoss(Reports):
             RuntimeError: a backward pass ran inside.
         """
         step = self.begin_step(progress, skip)
-        step.note_gradients(range(len(self.students)))
+        everything = range(len(self.students))
+        step.note_gradients(everything)
         try:
             yield
         finally:
             step.forget()
+        step.settle(everything)
         self.end_step(step)
 
     @property
@@ -145,6 +147,7 @@ class DirectionSensitivityLoss(Reports):
             self.starts = [W.detach().clone() for W in self.students]
         if not self.due:
             return ObservedStep(self.students, None, False, progress, skip)
+        self.pairs.check()
         self.held = None  # its memory serves the copies
         before = [W.detach().clone() for W in self.starts or self.students]
         return ObservedStep(self.students, before, self.copy_gradients, progress, skip)
@@ -178,7 +181,8 @@ class DirectionSensitivityLoss(Reports):
             group.start(self.reading, self.students)
             for rows in group.rounds([row for row, i in enumerate(group.index) if i in moved]):
                 update_mn, gradient_mn = group.stack(updates, rows), group.stack(step.gradients, rows)
-                group.renew(rows, self.reading.choose(update_mn, gradient_mn, step.progress, group.of_rows(rows)))
+                chosen = self.reading.choose(update_mn, gradient_mn, step.progress, group.of_rows(rows))
+                group.renew(self.reading, rows, chosen)
         if self.reading.span == "interval":  # a new list of new tensors: saved states keep the former ones
             starts = enumerate(zip(self.students, self.starts, strict=True))
             self.starts = [W.detach().clone() if i in moved else start for i, (W, start) in starts]
@@ -213,11 +217,3 @@ class DirectionSensitivityLoss(Reports):
             offset = None if each_step else inner_product(gradients, [W.detach() for W in self.students])
         origin = [W.detach().clone() for W in self.students] if self.drift else []
         return Held(value, gradients, offset, self.steps, origin)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to continue bit for bit: counters, directions, the held gradient."""
-        return saved_state(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`; a ValueError if that is of other pairs or of another reading."""
-        load_state(self, state)

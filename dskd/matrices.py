@@ -47,23 +47,26 @@ def right_singular(matrix: Tensor, driver: str, count: int | None = None) -> tup
     Raises:
         ValueError: an unknown driver.
     """
+    unit_mn, largest = unit_scale(matrix)  # squares of AdamW updates would leave float32's range
+    sigma_q, V_nq = right_singular_of_unit(unit_mn, driver, count)
+    return sigma_q * largest.squeeze(-1), V_nq
+
+
+def right_singular_of_unit(matrix: Tensor, driver: str, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """As `right_singular`, of a matrix of unit scale."""
     check_driver(driver)
     if driver == "svd":
         _, sigma_n, Vh_nn = torch.linalg.svd(matrix, full_matrices=False)
         return sigma_n, Vh_nn.mT
-    n = matrix.shape[-1]
-    largest = largest_entry(matrix)
-    scaled = matrix / torch.where(largest > 0, largest, 1.0)  # squares of AdamW updates would leave float32's range
-    size = largest.squeeze(-1)
-    if driver == "gram" or count is None or 2 * (count + _OVERSAMPLING) > n:
-        eigenvalues_n, V_nn = torch.linalg.eigh(scaled.mT @ scaled)
-        return eigenvalues_n.flip(-1).clamp(min=0).sqrt() * size, V_nn.flip(-1)
-    basis_nq = torch.linalg.qr(scaled.mT @ _random_start(scaled, count + _OVERSAMPLING))[0]
+    if driver == "gram" or count is None or 2 * (count + _OVERSAMPLING) > matrix.shape[-1]:
+        eigenvalues_n, V_nn = torch.linalg.eigh(matrix.mT @ matrix)
+        return eigenvalues_n.flip(-1).clamp(min=0).sqrt(), V_nn.flip(-1)
+    basis_nq = torch.linalg.qr(matrix.mT @ _random_start(matrix, count + _OVERSAMPLING))[0]
     for _ in range(_POWER_ITERATIONS):
-        basis_nq = torch.linalg.qr(scaled.mT @ (scaled @ basis_nq))[0]
-    projected_mq = scaled @ basis_nq
+        basis_nq = torch.linalg.qr(matrix.mT @ (matrix @ basis_nq))[0]
+    projected_mq = matrix @ basis_nq
     eigenvalues_q, rotation_qq = torch.linalg.eigh(projected_mq.mT @ projected_mq)
-    return eigenvalues_q.flip(-1).clamp(min=0).sqrt() * size, basis_nq @ rotation_qq.flip(-1)
+    return eigenvalues_q.flip(-1).clamp(min=0).sqrt(), basis_nq @ rotation_qq.flip(-1)
 
 
 def _random_start(matrix: Tensor, q: int) -> Tensor:
@@ -109,15 +112,14 @@ def working(tensor: Tensor) -> Tensor:
     return tensor.to(working_dtype(tensor))
 
 
-def largest_entry(matrix: Tensor) -> Tensor:
-    """(..., 1, 1), the largest absolute entry."""
-    return matrix.abs().amax((-2, -1), keepdim=True)
+def unit_scale(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix with its largest absolute entry at 1, and that entry (..., 1, 1), or 1 of a zero matrix.
 
-
-def unit_scale(matrix: Tensor) -> Tensor:
-    """Largest entry 1, so that products of four factors stay within float32's range; a zero matrix stays zero."""
-    largest = largest_entry(matrix)
-    return matrix / torch.where(largest > 0, largest, 1.0)
+    So that products of four factors stay within float32's range.
+    """
+    largest: Tensor = torch.linalg.vector_norm(matrix, float("inf"), (-2, -1), keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    return matrix / largest, largest
 
 
 def largest_entries(*lists: Sequence[Tensor | None]) -> list[list[float]]:

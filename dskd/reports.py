@@ -47,7 +47,7 @@ class Reports:
         return {name: float(f"{value:.7g}") for name, value in zip(rows, values, strict=True)}
 
     def _by_name(self, rows_of: Callable[[Group], Tensor]) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for group in self.groups:
             group.start(self.reading, self.students)
             found.update(zip((self.names[i] for i in group.index), rows_of(group), strict=True))

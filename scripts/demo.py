@@ -5,17 +5,15 @@ python scripts/demo.py --task RTE --data_dir glue/RTE      the text half on a GL
 """
 
 import argparse
-import itertools
-import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import _paths  # noqa: F401
+import pandas as pd
 
 from common import ROOT
 from common.run.errors import Parser, UserError, run_cli
@@ -23,6 +21,7 @@ from common.run.files import check_writable
 from common.torchvision_repair import repair_torchvision
 from scripts.lib.demo.materials import fetch_encoder, fetch_text
 from scripts.lib.demo.report import image_latency, plot, read_result, size_mb, text_latency, write_table
+from scripts.lib.tables.render import spread_text
 
 TEXT_SCRIPT = ROOT / "nlp" / "BERT-of-Theseus" / "run_glue_SVD_losslayer.py"
 IMAGE_SCRIPT = ROOT / "cv" / "train_svd.py"
@@ -63,12 +62,11 @@ def main() -> None:
         write_table(args.output_dir / "text.md", "Text: 6-layer encoder to 3 layers, one seed", text_rows),
         write_table(args.output_dir / "images.md", f"Images: 150 digits, {len(IMAGE_SEEDS)} seeds", image_rows),
     ]
-    figure = args.output_dir / "demo.png"
     metric = read_result(args.output_dir / "theseus")["metric"]
     panels = [("Text", f"dev {metric}", text_values), ("Images", "test top-1, %", image_values)]
-    plot(figure, panels, dskd_curve(args.output_dir / "theseus_dskd"))
+    plot(args.output_dir, panels, args.output_dir / "theseus_dskd")
     print("\n" + "\n".join(tables))
-    print(f"{(time.perf_counter() - start) / 60:.1f} minutes; plot: {shown(figure)}")
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes; plot: {shown(args.output_dir / 'demo.png')}")
     print(f'student: AutoModelForSequenceClassification.from_pretrained("{shown(student)}")')
 
 
@@ -93,7 +91,7 @@ def text_half(args: argparse.Namespace) -> tuple[list[dict], dict[str, list[floa
         schedule = ["--scheduler_linear_k", "0.006"] if name.startswith("theseus") else []
         folder = args.output_dir / name
         files = ["--model_name_or_path", source, "--output_dir", folder, "--overwrite_output_dir"]
-        launch(label, [TEXT_SCRIPT, *files, *data, *common, *flags, *schedule], folder)
+        launch(label, [TEXT_SCRIPT, *files, *data, *common, *flags, *schedule])
         result = read_result(folder)
         rows.append(
             {
@@ -122,41 +120,31 @@ def image_half(output_dir: Path) -> tuple[list[dict], dict[str, list[float]]]:
             if config != "teacher":
                 overrides += ["DISTILLER.TEACHER_CKPT", teacher / "student"]
             command = [IMAGE_SCRIPT, "--cfg", f"configs/demo/{config}.yaml", "--overwrite", *overrides]
-            launch(f"{label}, seed {seed}", command, folder, threads=1)  # such small images gain nothing from a second
+            launch(f"{label}, seed {seed}", command, threads=1)  # such small images gain nothing from a second
             results.append(read_result(folder))
-        accuracy = [result["last"] for result in results]
-        spread = f" ± {statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else ""
+        accuracy = pd.Series([result["last"] for result in results])
         rows.append(
             {
                 "run": label,
-                "test top-1, %": f"{statistics.fmean(accuracy):.2f}{spread}",
+                "test top-1, %": spread_text(accuracy.mean(), accuracy.std()),
                 "parameters": f"{results[0]['parameters'] / 1e6:.2f} M",
                 "size": f"{size_mb(folder / 'student'):.2f} MB",
                 "latency": f"{image_latency(folder / 'student'):.1f} ms",
             }
         )
         if config != "teacher":
-            values[label] = accuracy
+            values[label] = accuracy.tolist()
     return rows, values
 
 
-def launch(label: str, command: list, folder: Path, threads: int | None = None) -> None:
-    """Run one of the two scripts as a user would; its output goes to the terminal and its record to `folder`."""
+def launch(label: str, command: list, threads: int | None = None) -> None:
+    """Run one of the two scripts as a user would; its output goes to the terminal."""
     words = [str(word) for word in command]
     print(f"\n== {label}\n$ {shlex.join(['python', *(shown(word) for word in words)])}", flush=True)
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads)) if threads else None
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment)
     if done.returncode:
         raise UserError(f"{label} failed (exit code {done.returncode}); its output is above")
-
-
-def dskd_curve(folder: Path) -> list[list[tuple[int, float]]]:
-    """(step, DSKD loss) of a run's log, one list for every choice of directions."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    points = [(line["step"], line["dskd_loss"]) for line in lines if "dskd_loss" in line]
-    between = read_result(folder)["dskd"]["svd_steps"]
-    # a point is the mean of the steps up to it
-    return [list(part) for _, part in itertools.groupby(points, lambda point: (point[0] - 1) // between)]
 
 
 def shown(path: Path | str) -> str:

@@ -34,33 +34,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=_positive, metavar="N", help="seeds per cell (default: as the table says)")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all of the table)")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="only these cells and what they need (default: all)")
-    parser.add_argument(
-        "--set",
-        dest="values",
-        action="append",
-        default=[],
-        type=_assignment,
-        metavar="KEY=VALUE",
-        help="value of one of the table's placeholders, such as data or model (may be repeated)",
-    )
+    assignment = {"action": "append", "default": [], "type": _assignment, "metavar": "KEY=VALUE"}
+    text = "value of one of the table's placeholders, such as data or model (may be repeated)"
+    parser.add_argument("--set", dest="values", **assignment, help=text)
     parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at once (default: 1)")
     parser.add_argument("--launcher", choices=("local", "slurm"), default="local", help="where (default: local)")
-    parser.add_argument(
-        "--slurm",
-        action="append",
-        default=[],
-        type=_assignment,
-        metavar="KEY=VALUE",
-        help="submitit parameter of --launcher slurm, such as slurm_partition=gpu, timeout_min=600, gpus_per_node=1",
-    )
+    text = "submitit parameter of --launcher slurm, such as slurm_partition=gpu, timeout_min=600, gpus_per_node=1"
+    parser.add_argument("--slurm", **assignment, help=text)
     parser.add_argument("--smoke", action="store_true", help="every run for seconds, all in outputs/reproduce-smoke")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--render-only", action="store_true", help="render what is finished, run nothing")
-    parser.add_argument(
-        "--keep-rows",
-        action="store_true",
-        help="rows of runs.csv by the same commands and --set values count as finished, even without their folders",
-    )
+    text = "rows of runs.csv by the same commands and --set values count as finished, even without their folders"
+    parser.add_argument("--keep-rows", action="store_true", help=text)
     parser.add_argument("--output", type=Path, help="folder of the run folders (default: outputs/reproduce)")
     parser.add_argument("--results", type=Path, help="folder of the rendered tables (default: results)")
     return parser
@@ -102,17 +87,11 @@ def main() -> None:
 
     failed = {}
     if not args.render_only:
-        print(
-            f"{len(selected)} runs, {len(todo)} left to do; their folders and logs are in {short(output)}", flush=True
-        )
-        failed = launch(
-            todo,
-            args.jobs,
-            launcher=args.launcher,
-            options={name: _plain_value(value) for name, value in args.slurm},
-            logs=output / "submitit",
-            finished=lambda _: save_rows(),
-        )
+        counts = f"{len(selected)} runs, {len(todo)} left to do"
+        print(f"{counts}; their folders and logs are in {short(output)}", flush=True)
+        options = {name: _plain_value(value) for name, value in args.slurm}
+        logs = output / "submitit"
+        failed = launch(todo, args.jobs, args.launcher, options, logs, finished=save_rows)
     rows, unusable = save_rows()
     if dropped := len(keys(earlier) - keys(rows)) if len(rows) else 0:
         why = "of other commands or --set values or of runs that are not here"
@@ -122,7 +101,7 @@ def main() -> None:
         curves = draw_curves(table, rows, results)
         render(table, summary, rows, results, curves)
         plot(table, summary, rows, results)
-        pictures = ", ".join(f"{name}.png, {name}.svg" for name in ("table", *(f"curve_{c.name}" for c in curves)))
+        pictures = ", ".join(f"{name}.png, {name}.svg" for name in ("table", *(f"curve_{name}" for name in curves)))
         print(f"{len(rows)} runs in {short(results)}: runs.csv, table.md, table.tex, table.csv, {pictures}")
     else:
         nothing = "has measured anything" if len(rows) else "has finished"
@@ -136,10 +115,8 @@ def main() -> None:
 
 
 def _selected(runs: list[Run], table: Table, tasks: list[str] | None, cells: list[str] | None) -> list[Run]:
-    for flag, chosen, valid in (
-        ("--tasks", tasks, [task.name for task in table.tasks if task.name]),
-        ("--cells", cells, [cell.name for cell in table.cells]),
-    ):
+    valid_tasks = [task for task in table.tasks if task]  # the nameless one cannot be asked for
+    for flag, chosen, valid in (("--tasks", tasks, valid_tasks), ("--cells", cells, table.cells)):
         for name in chosen or []:
             if name not in valid:
                 raise UserError(f"{flag}: {table.path.name} has no {name!r}; {suggest(name, valid)}")

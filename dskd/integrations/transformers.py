@@ -95,7 +95,7 @@ class DskdTrainerMixin:
             return loss
         scaler = getattr(self.accelerator, "scaler", None)
         scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
-        add_gradient(self.dskd, self.dskd_weight, range(len(self.dskd.names)), scale)
+        add_gradient(zip(self.dskd.students, self.dskd.gradients(), strict=True), self.dskd_weight, scale)
         with torch.no_grad():
             value = self.dskd()
         self._dskd_sum, self._dskd_steps = self._dskd_sum + value, self._dskd_steps + 1

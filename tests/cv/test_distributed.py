@@ -72,7 +72,7 @@ def kept(run):
         "student": {{name: value.detach() for name, value in run.distiller.student.named_parameters()}},
         "statistics": dict(run.distiller.student.named_buffers()),
         "directions": run.dskd.direction_weights(),
-        "held": dict(enumerate(run.dskd.state_dict()["held"][1])),
+        "held": dict(enumerate(run.dskd.state_dict()["held"]["gradients"])),
         "steps": run.progress.step,
         "seen": run.seen,
     }}

@@ -221,9 +221,9 @@ def test_methods_are_told_the_epoch(tmp_path, teacher, monkeypatch):
 
 def test_dskd_is_told_the_share_of_the_planned_steps(tmp_path, teacher, monkeypatch):
     told = []
-    observe = DirectionSensitivityLoss.observe
+    begin = DirectionSensitivityLoss.begin_step
     monkeypatch.setattr(
-        DirectionSensitivityLoss, "observe", lambda self, progress: told.append(progress) or observe(self, progress)
+        DirectionSensitivityLoss, "begin_step", lambda self, at, skip: told.append(at) or begin(self, at, skip)
     )
     short_run(tmp_path, teacher, "SOLVER.EPOCHS 2 DSKD.ENABLED true")
     assert told == [step / 8 for step in range(8)]

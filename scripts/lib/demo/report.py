@@ -1,9 +1,16 @@
 """The demo's table and plot, from the run records."""
 
+import itertools
 import json
 import statistics
-import time
+import timeit
+from collections.abc import Callable
 from pathlib import Path
+
+import pandas as pd
+
+from common.run.figures import drawn
+from common.run.files import write_text
 
 
 def read_result(folder: Path) -> dict:
@@ -16,22 +23,19 @@ def size_mb(folder: Path) -> float:
     return (folder / "model.safetensors").stat().st_size / 1e6
 
 
-def text_latency(folder: Path, texts: list[str], repeats: int = 30) -> float:
+def text_latency(folder: Path, texts: list[str]) -> float:
     """Median milliseconds for one text at a time, tokenisation included."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def classify(text: str) -> None:
-        with torch.inference_mode():
-            model(**tokenizer(text, return_tensors="pt"))
-
-    return _median_ms(classify, texts[:repeats])
+    turns = itertools.cycle(texts)
+    with torch.inference_mode():
+        return _median_ms(lambda: model(**tokenizer(next(turns), return_tensors="pt")))
 
 
-def image_latency(folder: Path, repeats: int = 30) -> float:
+def image_latency(folder: Path) -> float:
     """Median milliseconds for one image at a time."""
     import torch
 
@@ -39,12 +43,8 @@ def image_latency(folder: Path, repeats: int = 30) -> float:
 
     model, info = load_model(folder)
     image = torch.zeros(1, info["in_channels"], info["image_size"], info["image_size"])
-
-    def classify(_: int) -> None:
-        with torch.inference_mode():
-            model(image)
-
-    return _median_ms(classify, list(range(repeats)))
+    with torch.inference_mode():
+        return _median_ms(lambda: model(image))
 
 
 def write_table(path: Path, title: str, rows: list[dict[str, str]]) -> str:
@@ -57,48 +57,36 @@ def write_table(path: Path, title: str, rows: list[dict[str, str]]) -> str:
 
     body = [line(columns), line(["-" * width for width in widths]), *(line(row.values()) for row in rows)]
     text = "\n".join([f"**{title}**", "", *body]) + "\n"
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return text
 
 
-def plot(
-    path: Path, panels: list[tuple[str, str, dict[str, list[float]]]], curve: list[list[tuple[int, float]]]
-) -> None:
-    """One panel of bars a pipeline (title, axis, label -> values of the seeds) and the DSKD loss over the steps.
+def plot(folder: Path, panels: list[tuple[str, str, dict[str, list[float]]]], dskd_run: Path) -> None:
+    """Write `demo.png` and `demo.svg`: bars for each pipeline and the DSKD loss over the steps of a run.
 
-    curve: (step, loss) points, one list for every choice of directions, between which the loss is not comparable.
+    panels: title, axis and label -> values of the seeds, of each pipeline.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(panels) + 1, figsize=(4.6 * (len(panels) + 1), 3.6), layout="constrained")
-    for axis, (title, label, values) in zip(axes, panels, strict=False):
-        names = list(values)
-        means = [statistics.fmean(values[name]) for name in names]
-        axis.barh(names, means, color=["#b9c3cf" if "DSKD" not in name else "#2f6f9f" for name in names])
-        for place, name in enumerate(names):
-            axis.plot(values[name], [place] * len(values[name]), "k.", markersize=5)
-        every = [value for name in names for value in values[name]]
-        spread = (max(every) - min(every)) or 1.0
-        axis.set_xlim(min(every) - spread, max(every) + 0.15 * spread)  # bars do not start at zero: said in the label
-        axis.invert_yaxis()
-        axis.set(title=title, xlabel=f"{label} (axis cut)")
-    for part in curve:
-        axes[-1].plot(*zip(*part, strict=True), color="#2f6f9f")
-    axes[-1].set(title="DSKD loss (text)", ylabel="mean over layer pairs", ylim=(0, None))
-    axes[-1].set_xlabel("optimizer step (gap: new directions)")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    log = pd.read_json(dskd_run / "metrics.jsonl", lines=True).dropna(subset="dskd_loss")
+    between = read_result(dskd_run)["dskd"]["svd_steps"]
+    with drawn(folder, "demo", (4.6 * (len(panels) + 1), 3.6)) as figure:
+        *bars, curve = figure.subplots(1, len(panels) + 1)
+        for axis, (title, label, values) in zip(bars, panels, strict=True):
+            colors = ["#2f6f9f" if "DSKD" in name else "#b9c3cf" for name in values]
+            axis.barh(list(values), [statistics.fmean(seeds) for seeds in values.values()], color=colors)
+            for place, seeds in enumerate(values.values()):
+                axis.plot(seeds, [place] * len(seeds), "k.", markersize=5)
+            every = [value for seeds in values.values() for value in seeds]
+            spread = (max(every) - min(every)) or 1.0
+            axis.set_xlim(min(every) - spread, max(every) + 0.15 * spread)  # not from zero: said in the label
+            axis.invert_yaxis()
+            axis.set(title=title, xlabel=f"{label} (axis cut)")
+        # a point is the mean of the steps up to it; losses along other directions are not comparable
+        for _, part in log.groupby((log["step"] - 1) // between):
+            curve.plot(part["step"], part["dskd_loss"], color="#2f6f9f")
+        curve.set(title="DSKD loss (text)", ylabel="mean over layer pairs", ylim=(0, None))
+        curve.set_xlabel("optimizer step (gap: new directions)")
 
 
-def _median_ms(work, inputs: list) -> float:
-    for value in inputs[:5]:
-        work(value)
-    times = []
-    for value in inputs:
-        start = time.perf_counter()
-        work(value)
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+def _median_ms(work: Callable[[], object]) -> float:
+    """Of 30 calls, after 5 to warm up."""
+    return 1e3 * statistics.median(timeit.repeat(work, number=1, repeat=35)[5:])

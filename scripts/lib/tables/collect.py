@@ -30,12 +30,16 @@ def read_rows(path: Path) -> pd.DataFrame:
     missing = [column for column in (*KEY, "last", "best") if column not in rows.columns]
     if missing:
         raise UserError(f"{path} has no column {missing[0]!r}")
-    for name, is_valid in {"seed": _is_seed, "last": _is_number, "best": _is_number, "throughput": _is_number}.items():
-        for line, text in enumerate(rows.get(name, ()), start=2):
-            if not is_valid(text):
-                raise UserError(f"{path}, line {line}: {name} is {text!r}; give a {'whole ' * (name == 'seed')}number")
-    texts = rows[["task", "placeholders"]].fillna("")
-    return rows.assign(**texts, seed=rows["seed"].astype(int))
+    for name in ("seed", "last", "best", "throughput"):
+        texts = rows.get(name, pd.Series(dtype=str))
+        if name == "seed":
+            valid = texts.str.fullmatch(r"\d{1,18}", na=False)
+        else:
+            valid = texts.isna() | pd.to_numeric(texts, errors="coerce").notna()
+        if not valid.all():
+            line, kind = valid.argmin(), "whole number" if name == "seed" else "number"
+            raise UserError(f"{path}, line {line + 2}: {name} is {texts[line]!r}; give a {kind}")
+    return rows.fillna({"task": "", "placeholders": ""}).astype({"seed": int})
 
 
 def keys(rows: pd.DataFrame) -> set[tuple]:
@@ -70,8 +74,8 @@ def collect(runs: Iterable[Run], kept: Mapping[Run, dict[str, Any]]) -> tuple[pd
             unusable[run] = str(error)
     # objects: empty fields would turn whole numbers into floats
     table = pd.DataFrame([row for row in rows if row], columns=None if any(rows) else KEY, dtype=object)
-    last = [name for name in ("command", "placeholders") if name in table.columns]
-    return table[[name for name in table.columns if name not in last] + last], unusable
+    last = ["command", "placeholders"]
+    return table[[*table.columns.drop(last), *last]], unusable
 
 
 def write_rows(rows: pd.DataFrame, path: Path) -> None:
@@ -100,36 +104,14 @@ def _row(run: Run) -> dict[str, Any]:
             raise UserError(f"{path}: {name} is {result[name]!r}; a number, or null for none, is needed")
     row: dict[str, Any] = {"task": run.task, "cell": run.cell, "seed": run.seed}
     fields = {name: value for name, value in result.items() if name not in (*KEY, "versions")}
-    fields["dataset"] = result.get("task")
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            row |= {f"{name}.{key}": _plain(item) for key, item in value.items() if _is_scalar(item)}
-        elif _is_scalar(value):
-            row[name] = _plain(value)
+    for name, value in {**fields, "dataset": result.get("task")}.items():
+        items = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+        row |= {key: portable(item) if isinstance(item, str) else item for key, item in items.items() if _single(item)}
     row |= {name: None for name in ("last", "best") if name not in row}  # the columns of runs.csv
     versions = result.get("versions")
     row["versions"] = pairs(versions if isinstance(versions, dict) else {})
-    row["command"] = run.portable
-    row["placeholders"] = run.placeholders
-    return row
+    return row | {"command": run.portable, "placeholders": run.placeholders}
 
 
-def _is_seed(text: Any) -> bool:
-    return isinstance(text, str) and text.isdecimal() and int(text) < 2**63
-
-
-def _is_number(text: Any) -> bool:
-    """A number or an empty field, which is read as NaN."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool)
-
-
-def _plain(value: Any) -> Any:
-    return portable(value) if isinstance(value, str) else value
+def _single(value: Any) -> bool:
+    return isinstance(value, str | int | float)

@@ -1,5 +1,6 @@
 """The last metric of some cells against a setting of theirs, or against what they cost."""
 
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,33 +40,33 @@ class _Panel(NamedTuple):
     seeds: list[int]
 
 
-def draw_curves(table: Table, rows: pd.DataFrame, folder: Path) -> list[Curve]:
+def draw_curves(table: Table, rows: pd.DataFrame, folder: Path) -> list[str]:
     """Write `curve_NAME.png` and `.svg`: a panel per task, mean ± std per cell, the control's mean as a dotted line.
 
     All of a panel are means over the same seeds, those that its cells and the control have: other seeds, other luck.
 
     Returns:
-        The curves that were drawn; one with fewer than two points is not.
+        The names of the curves that were drawn; one with fewer than two points is not.
     """
     found = []
-    for curve in table.curves:
-        panels = {task.name: _panel(table, curve, rows[rows["task"] == task.name]) for task in table.tasks}
+    for name, curve in table.curves.items():
+        panels = {task: _panel(table, curve, rows[rows["task"] == task]) for task in table.tasks}
         panels = {task: panel for task, panel in panels.items() if len(panel.points) > 1}
         if panels:
-            _draw(table, curve, panels, folder)
-            found.append(curve)
+            _draw(table, name, panels, folder)
+            found.append(name)
     return found
 
 
 def _panel(table: Table, curve: Curve, rows: pd.DataFrame) -> _Panel:
     """What is drawn of the rows of one task."""
-    cells = list(curve.points)
+    cells = list(curve.cells)
     rows = rows[rows["cell"].isin([*cells, table.control])]
     last = rows.pivot(index="seed", columns="cell", values="last").astype(float).dropna() * table.scale
-    places = relative_costs(rows, table.control) if curve.by_cost else pd.Series(curve.points)
+    places = relative_costs(rows, table.control) if curve.by_cost else pd.Series(curve.cells)
     columns = {"x": places, "last_mean": last.mean(), "last_std": last.std()}
     points = pd.DataFrame(columns, dtype=float).reindex(cells)
-    points = points.assign(cell=cells, label=[plain(table.cell(name).label) for name in cells])
+    points = points.assign(cell=cells, label=[plain(table.cells[name].label) for name in cells])
     points = points[np.isfinite(points["x"]) & np.isfinite(points["last_mean"])]
     return _Panel(
         points=points.sort_values("x", kind="stable"),
@@ -75,9 +76,10 @@ def _panel(table: Table, curve: Curve, rows: pd.DataFrame) -> _Panel:
     )
 
 
-def _draw(table: Table, curve: Curve, panels: dict[str, _Panel], folder: Path) -> None:
-    size = (1.5 + 4.5 * len(panels) + 2 * curve.by_cost, max(4, 1.5 + 0.2 * len(curve.points)))
-    with drawn(folder, f"curve_{curve.name}", size) as figure:
+def _draw(table: Table, name: str, panels: dict[str, _Panel], folder: Path) -> None:
+    curve = table.curves[name]
+    size = (1.5 + 4.5 * len(panels) + 2 * curve.by_cost, max(4, 1.5 + 0.2 * len(curve.cells)))
+    with drawn(folder, f"curve_{name}", size) as figure:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, (task, panel) in zip(axes, panels.items(), strict=True):
             places = panel.points["x"]
@@ -93,21 +95,17 @@ def _draw(table: Table, curve: Curve, panels: dict[str, _Panel], folder: Path) -
             axis.grid(alpha=0.3)
         if curve.by_cost:
             legends = [axis.get_legend_handles_labels() for axis in axes]
-            entries = {name: entry for legend in legends for entry, name in zip(*legend, strict=True)}
+            entries = {label: entry for legend in legends for entry, label in zip(*legend, strict=True)}
             figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize=8)
-        what = f"at the end of training, mean ± standard deviation; dotted: {table.cell(table.control).label}"
+        what = f"at the end of training, mean ± standard deviation; dotted: {table.cells[table.control].label}"
         entitle(figure, table.title, what)
 
 
 def spans(seeds: list[int]) -> str:
     """`seed 1` or `seeds 1-3, 5`, of rising numbers."""
-    found: list[list[int]] = []
-    for seed in seeds:
-        if found and seed == found[-1][1] + 1:
-            found[-1][1] = seed
-        else:
-            found.append([seed, seed])
-    words = [str(first) if first == last else f"{first}-{last}" for first, last in found]
+    unbroken = itertools.groupby(enumerate(seeds), lambda pair: pair[1] - pair[0])
+    rows = [[seed for _, seed in row] for _, row in unbroken]
+    words = [f"{row[0]}-{row[-1]}" if len(row) > 1 else str(row[0]) for row in rows]
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(words)}"
 
 
@@ -123,7 +121,7 @@ def _line(axis, points: pd.DataFrame) -> None:
 def _scatter(axis, curve: Curve, points: pd.DataFrame) -> None:
     """A colour per cell: many cost about the same, so that there is no room for their names beside them."""
     for point in points.itertuples():
-        place = list(curve.points).index(point.cell)
+        place = list(curve.cells).index(point.cell)
         spread = 0 if np.isnan(point.last_std) else point.last_std
         style = {"color": f"C{place}", "marker": "dos^v"[place // 10 % 5], "label": point.label}
         axis.errorbar(point.x, point.last_mean, yerr=spread, linestyle="", capsize=3, linewidth=1, **style)

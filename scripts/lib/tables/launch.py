@@ -39,13 +39,7 @@ def unfinished(runs: Sequence[Run], done: Callable[[Run], bool]) -> list[Run]:
 
 
 def launch(
-    runs: Sequence[Run],
-    jobs: int,
-    *,
-    launcher: str,
-    options: Mapping[str, Any],
-    logs: Path,
-    finished: Callable[[Run], None] = lambda run: None,
+    runs: Sequence[Run], jobs: int, launcher: str, options: Mapping[str, Any], logs: Path, finished: Callable[[], Any]
 ) -> dict[Run, str]:
     """Run everything that can be run, `jobs` at a time.
 
@@ -55,7 +49,7 @@ def launch(
         launcher: "local" or "slurm".
         options: parameters of submitit's executor, such as slurm_partition.
         logs: folder for submitit's own files.
-        finished: called with every run that has ended well.
+        finished: called whenever a run has ended well.
 
     Returns:
         The runs that failed or could not be started, with the reason.
@@ -63,14 +57,20 @@ def launch(
     executor = _executor(launcher, options, logs)
     waiting, running, failed = list(runs), {}, {}
     slots = list(range(jobs))
-    bar = tqdm(total=len(waiting), unit="run", dynamic_ncols=True, smoothing=0, disable=not waiting)
-    interval, drawn = (1 if sys.stderr.isatty() else 60), 0.0  # seconds; a log file gets a line a minute
+    interval = 1 if sys.stderr.isatty() else 60  # seconds; a log file gets a line a minute
+    style = {"unit": "run", "dynamic_ncols": True, "smoothing": 0, "mininterval": interval, "miniters": 0}
+    bar = tqdm(total=len(waiting), disable=not waiting, **style)
+
+    def fail(run: Run, reason: str) -> None:
+        failed[run] = reason
+        bar.update()
+        bar.write(f"{run.title}: {reason}")
+
     try:
         while waiting or running:
             for run in [run for run in waiting if any(need in failed for need in run.needs)]:
                 waiting.remove(run)
-                failed[run] = "not run: it needs " + ", ".join(need.title for need in run.needs if need in failed)
-                _report(bar, run, failed[run])
+                fail(run, "not run: it needs " + ", ".join(need.title for need in run.needs if need in failed))
             needed = dict.fromkeys(need for run in waiting for need in run.needs)  # in order
             for run in [n for n in needed if not (n.finished or n in running or n in failed or n in waiting)]:
                 waiting.insert(0, run)  # its folder was there when the runner started
@@ -79,11 +79,9 @@ def launch(
                 waiting.remove(run)
                 slot = slots.pop(0)
                 run.folder.mkdir(parents=True, exist_ok=True)
-                running[run] = (_submit(executor, run, _environment(launcher, options, jobs, slot)), slot)
+                running[run] = _submit(executor, run, _environment(launcher, options, jobs, slot)), slot
             bar.set_postfix_str("running: " + ", ".join(run.title for run in running), refresh=False)
-            if time.monotonic() - drawn > interval:
-                bar.refresh()
-                drawn = time.monotonic()
+            bar.update(0)  # drawn where the interval is over
             time.sleep(_POLL_SECONDS)
             for run, (job, slot) in list(running.items()):
                 if not job.done():
@@ -92,10 +90,9 @@ def launch(
                 slots.append(slot)
                 if run.finished:
                     bar.update()
-                    finished(run)
+                    finished()
                 else:
-                    failed[run] = f"failed; the end of {short(run.folder / LOG)}:\n{_tail(run, job)}"
-                    _report(bar, run, failed[run])
+                    fail(run, f"failed; the end of {short(run.folder / LOG)}:\n{_tail(run, job)}")
     finally:
         for job, _ in running.values():
             job.cancel(check=False)
@@ -116,15 +113,9 @@ def execute(run: Run, environment: Mapping[str, str]) -> None:
         command = run.command()  # not earlier: whoever had the lock may have left a checkpoint to resume from
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=(lock.fileno(),),
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        environment = {**os.environ, **environment}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=(lock.fileno(),), **streams)
         try:
             # not wait(): interrupted, it first gives the command a quarter of a second, and submitit kills after one
             while (code := process.poll()) is None:
@@ -185,8 +176,3 @@ def _tail(run: Run, job: Any, lines: int = 12) -> str:
     log = run.folder / LOG
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else job.stderr() or "nothing"
     return "\n".join(f"    {line}" for line in text.rstrip().splitlines()[-lines:])
-
-
-def _report(bar: tqdm, run: Run, reason: str) -> None:
-    bar.update()
-    bar.write(f"{run.title}: {reason}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import ROOT
 from common.run.errors import UserError
-from scripts.lib.tables.table import RESERVED, Arguments, Cell, Table, Task, suggest
+from scripts.lib.tables.table import RESERVED, Arguments, Table, suggest
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,7 @@ class Run:
 
 
 def plan(
-    table: Table,
-    values: Mapping[str, str],
-    seeds: int,
-    output: Path,
-    *,
-    more: Iterable[int] = (),
-    smoke: bool = False,
+    table: Table, values: Mapping[str, str], seeds: int, output: Path, *, more: Iterable[int] = (), smoke: bool = False
 ) -> list[Run]:
     """All runs of a table, seed by seed, so that an unfinished table has every cell equally often.
 
@@ -115,18 +109,17 @@ def plan(
     """
     for name in values:
         if name not in table.placeholders:
-            raise UserError(
-                f"--set {name}: {table.path.name} has no such placeholder; {suggest(name, table.placeholders)}"
-            )
+            valid = suggest(name, table.placeholders)
+            raise UserError(f"--set {name}: {table.path.name} has no such placeholder; {valid}")
     script = find_script(table)
     values = {**table.placeholders, **values}
     runs: dict[Run, None] = {}  # in order; a shared cell comes up with every seed
     for seed in sorted({*range(table.first_seed, table.first_seed + seeds), *more}):
         for task in table.tasks:
             done: dict[str, Run] = {}
-            for cell in table.cells:
+            for name, cell in table.cells.items():
                 own = table.first_seed if cell.shared else seed
-                done[cell.name] = _run(table, script, task, cell, own, values, done, output, smoke)
+                done[name] = _run(table, script, task, name, own, values, done, output, smoke)
             runs |= dict.fromkeys(done.values())
     return list(runs)
 
@@ -138,9 +131,8 @@ def find_script(table: Table) -> Script:
     for base in (table.path.parent, ROOT):
         if (base / table.script).is_file():
             return Script((base / table.script).resolve())
-    raise UserError(
-        f"{table.path.name}: script: there is no file {table.script!r}; {suggest(table.script, SCRIPTS)}, or a path"
-    )
+    valid = suggest(table.script, SCRIPTS)
+    raise UserError(f"{table.path.name}: script: there is no file {table.script!r}; {valid}, or a path")
 
 
 def short(path: Path) -> str:
@@ -164,18 +156,19 @@ def pairs(values: Mapping[str, str]) -> str:
 def _run(
     table: Table,
     script: Script,
-    task: Task,
-    cell: Cell,
+    task: str,
+    cell: str,
     seed: int,
     values: Mapping[str, str],
     others: Mapping[str, Run],
     output: Path,
     smoke: bool,
 ) -> Run:
-    where = f"{table.path.name}: cells.{cell.name}"
-    layers = [table.base, task.args, cell.args, *((table.smoke, cell.smoke) if smoke else ())]
-    own = {"task": task.name, "cell": cell.name, "seed": str(seed), **task.values}
-    needs = {name: others[name] for name in cell.needs}
+    where = f"{table.path.name}: cells.{cell}"
+    row, section = table.cells[cell], table.tasks[task]
+    layers = [table.base, section.args, row.args, *((table.smoke, row.smoke) if smoke else ())]
+    own = {"task": task, "cell": cell, "seed": str(seed), **section.values}
+    needs = {name: others[name] for name in row.needs}
     words = list(_words(layers, script, where))
 
     def filled(values: Mapping[str, str], needs: Mapping[str, str], output: str) -> tuple[str, ...]:
@@ -183,18 +176,14 @@ def _run(
         return tuple(_fill(word, known, where) for word in (*words, script.seed, "{seed}", script.output, "{output}"))
 
     # neither the folder of the runs nor that of the repository is part of what a run is
-    resolved = filled(
-        {name: short(Path(value)) if Path(value).is_absolute() else value for name, value in values.items()},
-        {name: run.folder.name for name, run in needs.items()},
-        "",
-    )
+    placed = {name: short(Path(value)) if Path(value).is_absolute() else value for name, value in values.items()}
+    resolved = filled(placed, {name: run.folder.name for name, run in needs.items()}, "")
     digest = hashlib.sha256(json.dumps([portable(str(script.path)), *resolved]).encode()).hexdigest()[:10]
-    parts = [task.name] if task.name else []
-    folder = output / "-".join([*parts, cell.name, f"seed{seed}", digest])
-    masked = filled({name: f"{{{name}}}" for name in values}, {name: f"{{{name}}}" for name in cell.needs}, "{output}")
+    folder = output / "-".join(filter(None, [task, cell, f"seed{seed}", digest]))
+    masked = filled({name: f"{{{name}}}" for name in values}, {name: f"{{{name}}}" for name in needs}, "{output}")
     return Run(
-        task=task.name,
-        cell=cell.name,
+        task=task,
+        cell=cell,
         seed=seed,
         folder=folder,
         portable=_join(["python", portable(str(script.path)), *map(portable, masked)]),

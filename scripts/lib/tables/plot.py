@@ -7,7 +7,7 @@ import pandas as pd
 
 from common.run.figures import drawn, plain
 from scripts.lib.tables.render import spread_text
-from scripts.lib.tables.table import Cell, Table
+from scripts.lib.tables.table import Table
 
 
 def plot(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> None:
@@ -17,13 +17,13 @@ def plot(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path) 
     """
     summary = summary[summary["n"] > 0]
     tasks = list(summary["task"].unique())
-    cells = [cell for cell in table.cells if cell.name in set(summary["cell"])]
+    cells = [name for name in table.cells if name in set(summary["cell"])]
     with drawn(folder, "table", (3 + 4 * len(tasks), 1.2 + 0.42 * len(cells))) as figure:
         panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
         for panel, task in zip(panels, tasks, strict=True):
             _panel(panel, table, cells, summary[summary["task"] == task], rows[rows["task"] == task])
             panel.set_title(task)
-        panels[0].set_yticks(range(len(cells)), [plain(cell.label) for cell in cells])
+        panels[0].set_yticks(range(len(cells)), [plain(table.cells[name].label) for name in cells])
         panels[0].set_ylim(len(cells) - 0.4, -0.6)
         entitle(figure, table.title, "at the end of training; dots: seeds, diamonds: mean ± standard deviation")
 
@@ -39,10 +39,10 @@ def metric_name(metric: str, scale: float) -> str:
     return {"top1": "top-1 (%)"}.get(metric, metric) + (f" x {scale:g}" if scale != 1 else "")
 
 
-def _panel(panel, table: Table, cells: list[Cell], summary: pd.DataFrame, rows: pd.DataFrame) -> None:
+def _panel(panel, table: Table, cells: list[str], summary: pd.DataFrame, rows: pd.DataFrame) -> None:
     figures = [""] * len(cells)
     for line in summary.itertuples():
-        position = [cell.name for cell in cells].index(line.cell)
+        position = cells.index(line.cell)
         values = rows.loc[rows["cell"] == line.cell, "last"].astype(float) * table.scale
         color = "tab:gray" if line.cell == table.control else "tab:blue"
         panel.plot(values, [position] * len(values), "o", color=color, alpha=0.6, markersize=4, markeredgewidth=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from common.run.files import write_text
-from scripts.lib.tables.table import FOLDER, Curve, Table
+from scripts.lib.tables.table import FOLDER, Table
 
 _LATEX = str.maketrans(
     {sign: rf"\{sign}" for sign in "&%$#_{}"}
@@ -17,10 +17,8 @@ _MATH = str.maketrans({"±": r"$\pm$", "<": "$<$", ">": "$>$"})
 _TEXTS = ("Task", "Method", "compared with")  # columns of words, set to the left
 
 
-def render(
-    table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path, curves: Sequence[Curve] = ()
-) -> list[Path]:
-    """Write `table.md` (with links to the pictures of `curves`), `table.tex` and `table.csv`; returns their paths."""
+def render(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path, curves: Sequence[str] = ()) -> None:
+    """Write `table.md` (with links to the pictures of `curves`), `table.tex` and `table.csv`."""
     shown = summary[summary["n"] > 0]
     texts = {
         "table.md": markdown(table, shown, rows, curves),
@@ -29,10 +27,9 @@ def render(
     }
     for name, text in texts.items():
         write_text(folder / name, text)
-    return [folder / name for name in texts]
 
 
-def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, curves: Sequence[Curve] = ()) -> str:
+def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, curves: Sequence[str] = ()) -> str:
     """One section per task, the curves, then what the columns mean and where the rows come from."""
     parts = [f"# {table.title}", table.description]
     references = _references(table, summary)
@@ -41,11 +38,11 @@ def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, curves: Se
         metric = section["metric"].iloc[0]
         parts += [f"## {task} ({metric})" if task else f"## {metric}", _markdown_table(_columns(section, references))]
     if curves:
-        parts += ["## Curves", *(f"![{curve.label}](curve_{curve.name}.png)" for curve in curves)]
+        parts += ["## Curves", *(f"![{table.curves[name].label}](curve_{name}.png)" for name in curves)]
     if len(references) > 1:
         reference = 'the row named under "compared with"'
     else:
-        reference = f'the control, "{next(iter(references.values()), table.cell(table.control).label)}"'
+        reference = f'the control, "{next(iter(references.values()), table.cells[table.control].label)}"'
     notes = [
         "last: at the end of training; best: a run's best evaluation. Mean ± sample standard deviation over n seeds.",
         f"Difference: last minus the last of {reference}, seed by seed over the seeds that both have, with its 95% "
@@ -54,24 +51,19 @@ def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, curves: Se
     ]
     if curves:
         notes.append("Curves: over the seeds that the control and all cells of a curve have, which its axis names.")
-    if any(curve.by_cost for curve in curves):
+    if any(table.curves[name].by_cost for name in curves):
         notes.append("Cost: throughput of the control divided by the row's, of the same seed; the median over seeds.")
     sources = summary.loc[summary["published"].notna(), "source"].unique()
     if len(sources):
         notes.append(f"Published elsewhere, not measured here: {'; '.join(sources)}.")
-    for column, text in (
-        ("placeholders", "With"),
-        ("device", "Measured on"),
-        ("git_revision", "Revisions"),
-        ("versions", "Versions"),
-    ):
-        if column in rows:
-            found = [str(value) for value in rows[column].dropna().unique() if value]
-            notes.append(f"{text}: {'; '.join(found)}." if found else "")
+    columns = {"placeholders": "With", "device": "Measured on", "git_revision": "Revisions", "versions": "Versions"}
+    for column, text in columns.items():
+        found = [str(value) for value in rows.get(column, pd.Series()).dropna().unique() if value]
+        notes += [f"{text}: {'; '.join(found)}."] if found else []
     name = table.path.stem if table.path.parent == FOLDER else table.path.name
     command = f"`python scripts/reproduce.py {name}`"
     notes.append(f"Every run is a row of [runs.csv](runs.csv), with its command; {command} makes the whole table.")
-    return "\n\n".join(filter(None, [*parts, "\n".join(f"- {note}" for note in notes if note)])) + "\n"
+    return "\n\n".join(filter(None, [*parts, "\n".join(f"- {note}" for note in notes)])) + "\n"
 
 
 def latex(table: Table, summary: pd.DataFrame) -> str:
@@ -97,7 +89,7 @@ def spread_text(mean: float, std: float) -> str:
 
 def _references(table: Table, summary: pd.DataFrame) -> dict[str, str]:
     """Names and labels of the cells that others are compared with."""
-    return {name: table.cell(name).label for name in summary.loc[summary["difference"].notna(), "versus"].unique()}
+    return {name: table.cells[name].label for name in summary.loc[summary["difference"].notna(), "versus"].unique()}
 
 
 def _columns(summary: pd.DataFrame, references: Mapping[str, str]) -> pd.DataFrame:

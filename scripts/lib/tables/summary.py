@@ -36,15 +36,17 @@ def summarize(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
     """
     lines = []
     for task in table.tasks:
-        mine = rows[rows["task"] == task.name]
+        mine = rows[rows["task"] == task]
         metrics = mine["metric"].dropna().unique() if "metric" in mine else []
-        by_cell = {cell.name: mine[mine["cell"] == cell.name].set_index("seed") for cell in table.cells}
-        for cell in table.cells:
-            last, best = (by_cell[cell.name][name].astype(float) * table.scale for name in ("last", "best"))
-            best = best[last.notna()]
+        scores = mine.set_index("seed")[["last", "best"]].astype(float) * table.scale
+        by_cell = {name: scores[(mine["cell"] == name).to_numpy()] for name in table.cells}
+        for name, cell in table.cells.items():
+            last, best = by_cell[name]["last"], by_cell[name].dropna(subset="last")["best"]
+            versus = table.versus(name)
+            other = by_cell[versus]["last"] if versus else pd.Series(dtype=float)
             line = {
-                "task": task.name,
-                "cell": cell.name,
+                "task": task,
+                "cell": name,
                 "label": cell.label,
                 "metric": ", ".join(map(str, metrics)),
                 "n": int(last.count()),
@@ -52,15 +54,10 @@ def summarize(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
                 "last_std": last.std(),
                 "best_mean": best.mean(),
                 "best_std": best.std(),
-                "versus": table.versus(cell),
-                "difference": math.nan,
-                "low": math.nan,
-                "high": math.nan,
-                "p": math.nan,
-                "pairs": 0,
+                "versus": versus,
+                **paired_difference(last, other),
+                "published": cell.published.value.get(task, math.nan),
+                "source": cell.published.source,
             }
-            if line["versus"]:
-                line |= paired_difference(last, by_cell[line["versus"]]["last"].astype(float) * table.scale)
-            published = cell.published.get(task.name, math.nan)
-            lines.append({**line, "published": published, "source": cell.source})
+            lines.append(line)
     return pd.DataFrame(lines)
