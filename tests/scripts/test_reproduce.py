@@ -23,6 +23,7 @@ from common.run.errors import UserError, run_cli
 from scripts import reproduce
 from scripts.lib.tables import curves
 from scripts.lib.tables import launch as launching
+from scripts.lib.tables import plot as plots
 from scripts.lib.tables.launch import unfinished
 from scripts.lib.tables.plan import SCRIPTS, Run, plan
 from scripts.lib.tables.plot import metric_name
@@ -321,6 +322,20 @@ def test_the_plot_says_mean_and_spread_of_every_cell(run):
     text = (run.results / "table.svg").read_text()
     assert ">4.00 ± 2.00<" in text
     assert ">accuracy<" in text
+
+
+def test_one_cell_far_from_all_others_does_not_squeeze_the_plot(run, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    monkeypatch.setattr(plots, "drawn", lambda *_: nullcontext(figure))
+    far = "".join(f"  c{last}: {{label: C, args: {{last: [{last}]}}}}\n" for last in (2, 4, 3, 900))
+    run("--seeds", 2, table=TABLE.replace("smoke:", f"{far}smoke:"))
+    (panel,) = figure.axes
+    low, high = panel.get_xlim()
+    assert low < 1
+    assert 4 < high < 10
+    assert [line.get_xdata()[0] for line in panel.lines if line.get_marker() == ">"] == [high]
 
 
 def test_tables_and_plots_show_the_summary(run):
