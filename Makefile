@@ -29,5 +29,5 @@ bench: setup  ## cost of DSKD beside its rivals; writes results/benchmark
 	$(BIN)/python scripts/benchmark.py all
 
 TABLE ?= glue_short
-tables: setup  ## a table; TABLE="glue_short --smoke --set data=data/glue" for seconds (docs/reproducing.md)
+tables: setup  ## a table; TABLE="glue_short --smoke --set data=data/glue" for seconds (docs/tables.md)
 	$(BIN)/python scripts/reproduce.py $(TABLE)

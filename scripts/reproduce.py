@@ -1,6 +1,7 @@
 """Run a table of experiments and render it; finished runs are never repeated. `--help` explains every flag.
 
 python scripts/reproduce.py glue_short --set data=FOLDER --set model=ENCODER --jobs 2
+python scripts/reproduce.py --forest
 """
 
 import argparse
@@ -19,6 +20,7 @@ from common.run.errors import Parser, UserError, run_cli
 from common.run.files import check_writable
 from scripts.lib.tables.collect import collect, keys, read_rows, recognised, write_rows
 from scripts.lib.tables.curves import draw_curves
+from scripts.lib.tables.forest import write_forest
 from scripts.lib.tables.launch import launch, unfinished
 from scripts.lib.tables.plan import Run, plan, short
 from scripts.lib.tables.plot import plot
@@ -30,7 +32,11 @@ from scripts.lib.tables.table import Table, find_table, load_table, suggest
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this script."""
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", help="name of a file in configs/tables, or a YAML file of your own in the same form")
+    text = "name of a file in configs/tables, or a YAML file of your own in the same form"
+    parser.add_argument("table", nargs="?", help=text)
+    text = "nothing is run: the comparisons of these tables in one figure, forest.png and forest.svg, in --results or "
+    text += "outputs/forest; without names those of results/front.yaml, with the pages that show them"
+    parser.add_argument("--forest", nargs="*", metavar="TABLE", help=text)
     parser.add_argument("--seeds", type=_positive, metavar="N", help="seeds per cell (default: as the table says)")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all of the table)")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="only these cells and what they need (default: all)")
@@ -44,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--smoke", action="store_true", help="every run for seconds, all in outputs/reproduce-smoke")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--render-only", action="store_true", help="render what is finished, run nothing")
+    text = "besides table.md: LaTeX, CSV, and plots of the rows and of the table's curves as PNG and SVG"
+    parser.add_argument("--formats", nargs="+", choices=("tex", "csv", "plots"), default=[], help=text)
     text = "rows of runs.csv by the same commands and --set values count as finished, even without their folders"
     parser.add_argument("--keep-rows", action="store_true", help=text)
     parser.add_argument("--output", type=Path, help="folder of the run folders (default: outputs/reproduce)")
@@ -58,6 +66,11 @@ def main() -> None:
     for flag, folder in (("--output", args.output), ("--results", args.results)):
         if folder:  # before any run, whose results would have nowhere to go
             check_writable(flag, folder)
+    if (args.table is None) == (args.forest is None):
+        raise UserError("give the name of a table, or --forest")
+    if args.forest is not None:
+        print(f"written: {', '.join(short(path) for path in write_forest(args.forest, args.results))}")
+        return
     table = load_table(find_table(args.table))
     outputs = "reproduce-smoke" if args.smoke else "reproduce"
     output = (args.output or ROOT / "outputs" / outputs).absolute()
@@ -98,11 +111,13 @@ def main() -> None:
         print(f"{dropped} earlier rows, {why}, are no longer in runs.csv")
     if len(rows) and rows["last"].notna().any():
         summary = summarize(table, rows)
-        curves = draw_curves(table, rows, results)
-        render(table, summary, rows, results, curves)
-        plot(table, summary, rows, results)
-        pictures = ", ".join(f"{name}.png, {name}.svg" for name in ("table", *(f"curve_{name}" for name in curves)))
-        print(f"{len(rows)} runs in {short(results)}: runs.csv, table.md, table.tex, table.csv, {pictures}")
+        render(table, summary, rows, results, args.formats)
+        files = ["runs.csv", "table.md", *(f"table.{kind}" for kind in ("tex", "csv") if kind in args.formats)]
+        if "plots" in args.formats:
+            plot(table, summary, rows, results)
+            names = ["table", *(f"curve_{name}" for name in draw_curves(table, rows, results))]
+            files += [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+        print(f"{len(rows)} runs in {short(results)}: {', '.join(files)}")
     else:
         nothing = "has measured anything" if len(rows) else "has finished"
         print(f"no run with these commands and --set values {nothing} in {short(output)}, so there is no table")

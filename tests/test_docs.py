@@ -22,8 +22,9 @@ from cv.config import load_config
 from scripts.lib.tables.plan import plan
 from scripts.lib.tables.table import find_table, load_table
 
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
-FOLDERS = ("common", "configs", "cv", "docs", "dskd", "nlp", "resources", "results", "scripts", "tests")
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md"]
+FOLDERS = ("common", "configs", "cv", "docs", "dskd", "examples", "nlp", "resources", "results", "scripts", "tests")
 SHELL = ("bash", "sh", "shell", "console")
 LAUNCHERS = re.compile(r"(?:.*/)?(?:python3?|torchrun)$")
 
@@ -107,7 +108,8 @@ def anchors_of(page: Path) -> set[str]:
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 WRITTEN_BY_THE_READER = {block.file: block for block in BLOCKS if block.file}
-RUNNABLE = [b for b in BLOCKS if b.language == "python" and "..." not in b.text and "<" not in b.text]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+RUNNABLE = [b for b in PYTHON if b.page != README and "..." not in b.text and "<" not in b.text]
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href|srcset)=\"([^\"]+)\"")
 LINKS = [(page, "".join(groups)) for page in PAGES for groups in LINK.findall(prose_of(page))]
 LINKS = [(page, target) for page, target in LINKS if ":" not in target]  # the others lead to other hosts
@@ -121,8 +123,70 @@ NAMED_PATHS = sorted(
 )
 
 
-def test_the_readme_is_there():
-    assert (ROOT / "README.md").is_file()
+def test_the_readme_is_short():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    assert len(text.split()) <= 900
+    assert len((ROOT / "docs" / "findings.md").read_text(encoding="utf-8").split()) <= 2000
+
+
+def test_the_readme_counts_the_runs_of_the_tables_that_have_not_been_run(tmp_path):
+    counts = []
+    for name in ("cifar100", "glue"):
+        table = load_table(find_table(name))
+        counts.append(len(plan(table, {}, table.seeds, tmp_path)))
+        assert not (ROOT / "results" / name).exists()
+    assert "{} runs of CIFAR-100 and {} of GLUE".format(*counts) in README.read_text(encoding="utf-8")
+
+
+def test_the_loop_of_the_readme_trains():
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    student, teacher = (nn.ModuleDict({"hidden": nn.Linear(20, 64), "last": nn.Linear(64, 5)}) for _ in range(2))
+    (block,) = [block for block in PYTHON if block.page == README]
+    inputs, steps = torch.randn(64, 20), 120
+
+    def task_loss(labels):
+        return nn.functional.cross_entropy(student["last"](student["hidden"](inputs).relu()), labels)
+
+    given = {
+        "student": student,
+        "teacher": teacher.requires_grad_(False),
+        "optimizer": torch.optim.Adam(student.parameters()),
+        "batches": [inputs[:, :5].argmax(1)] * steps,
+        "T": steps,
+        "task_loss": task_loss,
+    }
+    exec(compile(block.text, "README.md", "exec"), given)
+    assert task_loss(given["batches"][0]).item() < 1
+    assert (given["dskd"].steps, given["dskd"].choices) == (steps, 1)
+    assert len(given["pairs"]) == 2
+    assert len(block.text.splitlines()) == 10
+
+
+def test_the_shell_blocks_of_the_readme_run_one_after_another(tmp_path):
+    """In one shell, from the root, each script where it is named; programs are stood in for by one that notes them."""
+    for name in ("cv", "nlp", "scripts", "configs", "Makefile"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    stand_ins, log = tmp_path / "bin", tmp_path / "log"
+    stand_ins.mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    for program in ("python", "make", "pip", "torchrun"):
+        path = stand_ins / program
+        path.write_text(f'#!/bin/sh\necho {program} "$@" >> {log}\n[ {program} != python ] || test -f "$1"\n')
+        path.chmod(0o755)
+    blocks = [block.text for block in BLOCKS if block.page == README and block.language in SHELL]
+    environment = {"PATH": f"{stand_ins}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", "-eu", "-c", "\n".join(blocks)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(log.read_text().splitlines()) == sum(len(commands_in(text, README)) for text in blocks) - 1  # activate
+    assert not any(block.language == "" for block in BLOCKS if block.page == README)
 
 
 @pytest.mark.parametrize("case", LINKS, ids=name_of)
@@ -196,6 +260,8 @@ def test_commands_parse(command, tmp_path, monkeypatch):
         parse_arguments(arguments)
     elif script.name == "train_svd.py" and parsed["cfg"] not in WRITTEN_BY_THE_READER:
         load_config(parsed["cfg"], parsed["overrides"])
+    elif script.name == "reproduce.py" and parsed["forest"] is not None:
+        assert all(find_table(name) for name in parsed["forest"])
     elif script.name == "reproduce.py":
         table = load_table(find_table(parsed["table"]))
         assert plan(table, dict(parsed["values"]), 1, tmp_path)
@@ -241,7 +307,7 @@ def apply_edits(copy: Path) -> int:
 
 def test_a_network_and_a_method_of_your_own_work_as_described(tmp_path):
     """The edits and files of docs/extending.md in a copy of the sources, then its commands, cut short."""
-    for name in ("common", "cv", "configs", "dskd"):
+    for name in ("dskd", "common", "cv", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     assert apply_edits(tmp_path) == 4
     for file, block in WRITTEN_BY_THE_READER.items():

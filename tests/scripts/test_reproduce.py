@@ -23,10 +23,11 @@ from common.run.errors import UserError, run_cli
 from scripts import reproduce
 from scripts.lib.tables import curves
 from scripts.lib.tables import launch as launching
+from scripts.lib.tables import plot as plots
 from scripts.lib.tables.launch import unfinished
 from scripts.lib.tables.plan import SCRIPTS, Run, plan
 from scripts.lib.tables.plot import metric_name
-from scripts.lib.tables.summary import paired_difference
+from scripts.lib.tables.summary import holm, paired_difference
 from scripts.lib.tables.table import FOLDER, load_table
 
 SCRIPT = """
@@ -119,7 +120,9 @@ def run(tmp_path, write_table, monkeypatch):
 
     def run(*flags: str, table: str = TABLE) -> int:
         folders = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-        monkeypatch.setattr(sys, "argv", ["reproduce.py", str(write_table(table)), *folders, *map(str, flags)])
+        formats = [] if "--formats" in flags else ["--formats", "tex", "csv", "plots"]
+        words = [str(write_table(table)), *folders, *map(str, flags), *formats]
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", *words])
         try:
             run_cli(reproduce.main)
         except SystemExit as error:
@@ -321,6 +324,20 @@ def test_the_plot_says_mean_and_spread_of_every_cell(run):
     assert ">accuracy<" in text
 
 
+def test_one_cell_far_from_all_others_does_not_squeeze_the_plot(run, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    monkeypatch.setattr(plots, "drawn", lambda *_: nullcontext(figure))
+    far = "".join(f"  c{last}: {{label: C, args: {{last: [{last}]}}}}\n" for last in (2, 4, 3, 900))
+    run("--seeds", 2, table=TABLE.replace("smoke:", f"{far}smoke:"))
+    (panel,) = figure.axes
+    low, high = panel.get_xlim()
+    assert low < 1
+    assert 4 < high < 10
+    assert [line.get_xdata()[0] for line in panel.lines if line.get_marker() == ">"] == [high]
+
+
 def test_tables_and_plots_show_the_summary(run):
     assert run("--seeds", 3) == 0
     markdown = (run.results / "table.md").read_text()
@@ -359,10 +376,35 @@ def test_a_row_is_compared_with_the_cell_that_it_names(run):
     assert cells["versus"].fillna("").to_dict() == {"first": "", "second": "first", "third": "second"}
     assert cells["difference"].fillna(0).tolist() == [0, 2, 2]  # 3 - 2, 8 - 4, 7 - 6: not minus 1, 2, 3
     markdown = (run.results / "table.md").read_text()
-    assert "| Method | n | last | best | compared with | difference [95% CI] | p |" in markdown
-    assert "| Third | 3 | 6.00 ± 2.65 | 7.00 ± 2.65 | Second | +2.00 [" in markdown
-    assert 'last minus the last of the row named under "compared with", seed by seed' in markdown
-    assert "& Second & +2.00 [" in (run.results / "table.tex").read_text()
+    assert "| Method | n | last | best | difference of | difference [95% CI] | p |" in markdown
+    assert "| Third | 3 | 6.00 ± 2.65 | 7.00 ± 2.65 | this minus Second | +2.00 [" in markdown
+    assert 'Difference: as "difference of" says, of last, seed by seed' in markdown
+    assert "& this minus Second & +2.00 [" in (run.results / "table.tex").read_text()
+
+
+def test_a_control_is_subtracted_from_the_method_that_it_controls(run):
+    run("--seeds", 3, table=VERSUS.replace("versus: second", "control_of: second"))
+    cells = pd.read_csv(run.results / "table.csv").set_index("cell")
+    assert cells["difference"].fillna(0).tolist() == [0, 2, -2]
+    assert "| Second minus this | -2.00 [" in (run.results / "table.md").read_text()
+
+
+def test_comparisons_planned_together_are_corrected_by_holm(run):
+    run("--seeds", 3, table=VERSUS.replace("control: first", "control: first\nfamily: [second, third]"))
+    cells = pd.read_csv(run.results / "table.csv").set_index("cell")
+    low, high = sorted(cells["p"].dropna())
+    assert sorted(cells["holm"].dropna()) == pytest.approx([2 * low, max(2 * low, high)], rel=1e-4)
+    assert "corrected for the 2 comparisons that were planned together" in (run.results / "table.md").read_text()
+
+
+def test_holm_is_the_worked_example():
+    assert holm(pd.Series([0.01, 0.04, math.nan, 0.03])).tolist()[:2] == pytest.approx([0.03, 0.06])
+    assert holm(pd.Series([0.9, 0.8])).tolist() == [1, 1]
+
+
+def test_other_formats_than_markdown_are_written_on_demand(run):
+    run("--seeds", 1, "--formats", "csv", table=TABLE + CURVES)
+    assert {path.name for path in run.results.iterdir()} == {"runs.csv", "table.md", "table.csv"}
 
 
 @pytest.mark.parametrize(
@@ -394,19 +436,15 @@ def test_a_row_without_rows_to_compare_it_with_has_no_difference_until_they_come
     assert difference() == 1
 
 
-def test_curves_of_two_cells_or_more_are_drawn_and_linked(run):
+def test_curves_of_two_cells_or_more_are_drawn(run):
     run("--seeds", 2, table=TABLE + CURVES)
     assert {path.name for path in run.results.glob("curve_*.png")} == {"curve_steps.png", "curve_cost.png"}
     assert ">training steps<" in (run.results / "curve_steps.svg").read_text()
-    markdown = (run.results / "table.md").read_text()
-    assert "![training steps](curve_steps.png)" in markdown
-    assert "curve_lone" not in markdown
 
 
 def test_no_curve_is_drawn_before_two_of_its_cells_have_rows(run):
     run("--seeds", 2, "--cells", "first", table=TABLE + CURVES)
     assert not list(run.results.glob("curve_*"))
-    assert "Curves" not in (run.results / "table.md").read_text()
 
 
 @pytest.mark.parametrize(("least", "most", "scale"), [(1, 11, "log"), (1, 10, "linear"), (0, 40, "linear")])

@@ -98,6 +98,7 @@ def _draw(table: Table, name: str, panels: dict[str, _Panel], folder: Path) -> N
             entries = {label: entry for legend in legends for entry, label in zip(*legend, strict=True)}
             figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize=8)
         what = f"at the end of training, mean ± standard deviation; dotted: {table.cells[table.control].label}"
+        what += "; time: the median over seeds" * curve.by_cost
         entitle(figure, table.title, what)
 
 

@@ -1,5 +1,6 @@
 """The last metric of every cell, seed by seed."""
 
+import math
 import textwrap
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from scripts.lib.tables.table import Table
 def plot(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> None:
     """Write `table.png` and `table.svg`: a panel per task, a line per cell, each seed a dot, mean ± std beside them.
 
-    Mean ± std also stand as numbers at the right: where cells are far apart, those close together look the same.
+    Mean ± std also stand as numbers at the right. Where some cells are far from all others, the axis shows the others,
+    and an arrow at its end stands for each that lies beyond.
     """
     summary = summary[summary["n"] > 0]
     tasks = list(summary["task"].unique())
@@ -41,6 +43,7 @@ def metric_name(metric: str, scale: float) -> str:
 
 def _panel(panel, table: Table, cells: list[str], summary: pd.DataFrame, rows: pd.DataFrame) -> None:
     figures = [""] * len(cells)
+    low, high = _shown(summary)
     for line in summary.itertuples():
         position = cells.index(line.cell)
         values = rows.loc[rows["cell"] == line.cell, "last"].astype(float) * table.scale
@@ -51,8 +54,25 @@ def _panel(panel, table: Table, cells: list[str], summary: pd.DataFrame, rows: p
         panel.errorbar(line.last_mean, position + 0.22, xerr=spread, fmt="d", color=color, markersize=5, capsize=3)
         if line.cell == table.control:
             panel.axvline(line.last_mean, color=color, linestyle=":", linewidth=1)
+        for beyond, end, arrow in ((line.last_mean < low, low, "<"), (line.last_mean > high, high, ">")):
+            if beyond:
+                panel.plot(end, position, arrow, color=color, markersize=6, clip_on=False)
+    if low > -math.inf:
+        panel.set_xlim(low, high)
     panel.set_xlabel(metric_name(summary["metric"].iloc[0], table.scale))
     panel.grid(axis="x", alpha=0.3)
     right = panel.secondary_yaxis("right")
     right.set_yticks(range(len(cells)), figures, fontsize=8)
     right.tick_params(length=0)
+
+
+def _shown(summary: pd.DataFrame) -> tuple[float, float]:
+    """Ends of the axis; infinite unless some means are so far from the middle half that the rest would look alike."""
+    means = summary["last_mean"]
+    first, third = means.quantile([0.25, 0.75])
+    reach = 3 * max(third - first, summary["last_std"].max(skipna=True) or 0)
+    near = means[(means >= first - reach) & (means <= third + reach)]
+    if len(near) == len(means) or not reach > 0:
+        return -math.inf, math.inf
+    margin = 0.1 * (near.max() - near.min()) + 2.5 * summary.loc[near.index, "last_std"].fillna(0).max() + 1e-9
+    return near.min() - margin, near.max() + margin

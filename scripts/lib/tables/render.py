@@ -1,4 +1,4 @@
-"""A summary as Markdown, LaTeX and CSV."""
+"""A summary as Markdown, and on demand as LaTeX and CSV."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,45 +14,40 @@ _LATEX = str.maketrans(
     | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
 )
 _MATH = str.maketrans({"±": r"$\pm$", "<": "$<$", ">": "$>$"})
-_TEXTS = ("Task", "Method", "compared with")  # columns of words, set to the left
+# columns of words, set to the left
+_TEXTS = ("Task", "Method", "difference of", "comparison", "table", "what it compares", "status", "command")
 
 
-def render(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path, curves: Sequence[str] = ()) -> None:
-    """Write `table.md` (with links to the pictures of `curves`), `table.tex` and `table.csv`."""
+def render(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path, formats: Sequence[str] = ()) -> None:
+    """Write `table.md` and, if `formats` has tex or csv, `table.tex` and `table.csv`."""
     shown = summary[summary["n"] > 0]
-    texts = {
-        "table.md": markdown(table, shown, rows, curves),
-        "table.tex": latex(table, shown),
-        "table.csv": shown.to_csv(index=False, lineterminator="\n", float_format="%.6g"),
-    }
-    for name, text in texts.items():
-        write_text(folder / name, text)
+    write_text(folder / "table.md", markdown(table, shown, rows))
+    if "tex" in formats:
+        write_text(folder / "table.tex", latex(table, shown))
+    if "csv" in formats:
+        write_text(folder / "table.csv", shown.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
 
 
-def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, curves: Sequence[str] = ()) -> str:
-    """One section per task, the curves, then what the columns mean and where the rows come from."""
+def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """One section per task, then what the columns mean and where the rows come from."""
     parts = [f"# {table.title}", table.description]
     references = _references(table, summary)
     for task in summary["task"].unique():
         section = summary[summary["task"] == task]
         metric = section["metric"].iloc[0]
-        parts += [f"## {task} ({metric})" if task else f"## {metric}", _markdown_table(_columns(section, references))]
-    if curves:
-        parts += ["## Curves", *(f"![{table.curves[name].label}](curve_{name}.png)" for name in curves)]
-    if len(references) > 1:
-        reference = 'the row named under "compared with"'
-    else:
-        reference = f'the control, "{next(iter(references.values()), table.cells[table.control].label)}"'
+        parts += [f"## {task} ({metric})" if task else f"## {metric}", markdown_table(_columns(section, references))]
+    what = 'as "difference of" says, of last'
+    if _is_plain(summary, references):
+        control = next(iter(references.values()), table.cells[table.control].label)
+        what = f'last minus the last of the control, "{control}"'
     notes = [
         "last: at the end of training; best: a run's best evaluation. Mean ± sample standard deviation over n seeds.",
-        f"Difference: last minus the last of {reference}, seed by seed over the seeds that both have, with its 95% "
-        "confidence interval; p of a paired t-test, not corrected for the number of comparisons. Means of rows with "
-        "different n are of different seeds.",
+        f"Difference: {what}, seed by seed over the seeds that both have, with its 95% confidence interval; p of a "
+        "paired t-test, not corrected for the number of comparisons. Means of rows with different n are of different "
+        "seeds.",
     ]
-    if curves:
-        notes.append("Curves: over the seeds that the control and all cells of a curve have, which its axis names.")
-    if any(table.curves[name].by_cost for name in curves):
-        notes.append("Cost: throughput of the control divided by the row's, of the same seed; the median over seeds.")
+    if compared := int(summary["holm"].notna().sum()):
+        notes.append(f"p (Holm): corrected for the {compared} comparisons that were planned together.")
     sources = summary.loc[summary["published"].notna(), "source"].unique()
     if len(sources):
         notes.append(f"Published elsewhere, not measured here: {'; '.join(sources)}.")
@@ -92,18 +87,29 @@ def _references(table: Table, summary: pd.DataFrame) -> dict[str, str]:
     return {name: table.cells[name].label for name in summary.loc[summary["difference"].notna(), "versus"].unique()}
 
 
+def _is_plain(summary: pd.DataFrame, references: Mapping[str, str]) -> bool:
+    """Whether every difference is that of a row to one and the same other row."""
+    return len(references) < 2 and not summary.loc[summary["difference"].notna(), "turned"].any()
+
+
+def _difference_of(line, references: Mapping[str, str]) -> str:
+    other = references.get(line.versus, "")
+    return f"{other} minus this" if line.turned else f"this minus {other}"
+
+
 def _columns(summary: pd.DataFrame, references: Mapping[str, str]) -> pd.DataFrame:
-    """What a reader sees, as text; columns that would be empty, or have one `references` in them, are left out."""
-    named = references if len(references) > 1 else {}
+    """What a reader sees, as text; columns that would be empty, or say the same in all rows, are left out."""
+    plain = _is_plain(summary, references)
     lines = [
         {
             "Method": line.label,
             "n": str(line.n),
             "last": spread_text(line.last_mean, line.last_std),
             "best": spread_text(line.best_mean, line.best_std),
-            "compared with": "" if math.isnan(line.difference) else named.get(line.versus, ""),
-            "difference [95% CI]": _interval(line),
-            "p": "" if math.isnan(line.p) else f"{line.p:.3f}" if line.p >= 0.001 else "< 0.001",
+            "difference of": "" if plain or math.isnan(line.difference) else _difference_of(line, references),
+            "difference [95% CI]": interval_text(line),
+            "p": _probability(line.p),
+            "p (Holm)": _probability(line.holm),
             "published elsewhere": _number(line.published),
         }
         for line in summary.itertuples()
@@ -116,14 +122,19 @@ def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f}"
 
 
-def _interval(line) -> str:
+def _probability(p: float) -> str:
+    return "" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def interval_text(line) -> str:
+    """`difference [low, high]`, without an interval where there is none; "" without a difference."""
     if math.isnan(line.difference):
         return ""
     interval = "" if math.isnan(line.low) else f" [{line.low:+.2f}, {line.high:+.2f}]"
     return f"{line.difference:+.2f}{interval}"
 
 
-def _markdown_table(columns: pd.DataFrame) -> str:
+def markdown_table(columns: pd.DataFrame) -> str:
     def line(cells) -> str:
         return "| " + " | ".join(str(cell).replace("|", r"\|") for cell in cells) + " |"
 

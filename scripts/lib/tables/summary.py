@@ -27,12 +27,19 @@ def paired_difference(values: pd.Series, control: pd.Series) -> dict[str, float]
     return {**found, "pairs": len(differences)}
 
 
+def holm(p: pd.Series) -> pd.Series:
+    """p values corrected by Holm for their number; NaN, where nothing was tested, counts as none."""
+    rising = p.dropna().sort_values()
+    scaled = (rising * np.arange(len(rising), 0, -1)).cummax().clip(upper=1)
+    return scaled.reindex(p.index)
+
+
 def summarize(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
     """One line per task and cell, in the table's order and in its display units.
 
     Columns: task, cell, label, metric, n, last_mean, last_std, best_mean, best_std, versus (the cell that this one is
-    compared with), difference (of `last` to that cell's), low, high, p, pairs, published, source. NaN where there is
-    nothing.
+    compared with), turned (whether the difference is that cell minus this one), difference (of `last`), low, high, p,
+    pairs, holm (p corrected within the table's family), published, source. NaN where there is nothing.
     """
     lines = []
     for task in table.tasks:
@@ -44,6 +51,7 @@ def summarize(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
             last, best = by_cell[name]["last"], by_cell[name].dropna(subset="last")["best"]
             versus = table.versus(name)
             other = by_cell[versus]["last"] if versus else pd.Series(dtype=float)
+            turned = bool(cell.control_of)
             line = {
                 "task": task,
                 "cell": name,
@@ -55,9 +63,11 @@ def summarize(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
                 "best_mean": best.mean(),
                 "best_std": best.std(),
                 "versus": versus,
-                **paired_difference(last, other),
+                "turned": turned,
+                **(paired_difference(other, last) if turned else paired_difference(last, other)),
                 "published": cell.published.value.get(task, math.nan),
                 "source": cell.published.source,
             }
             lines.append(line)
-    return pd.DataFrame(lines)
+    summary = pd.DataFrame(lines)
+    return summary.assign(holm=holm(summary["p"].where(summary["cell"].isin(table.family))))

@@ -89,6 +89,8 @@ class Cell(_Part):
         label: how the rendered tables call it.
         needs: names of the cells (of the same task and seed) that must be finished first.
         versus: name of the cell that this one is compared with; "" where that is the table's control.
+        control_of: in the place of `versus`, the cell whose control this one is: tables show that cell minus this one,
+            so that a positive difference speaks for it.
         shared: run once, with the first seed, for the other cells of all seeds.
         args: arguments on top of the table's and the task's.
         published: figures from elsewhere.
@@ -102,6 +104,7 @@ class Cell(_Part):
         _message("expected a cell or a list of cells, got {!r}"),
     ] = []
     versus: Text = ""
+    control_of: Text = ""
     shared: Annotated[bool, _message("expected true or false, got {!r}")] = False
     args: Arguments = {}
     published: Published = Published()
@@ -161,6 +164,7 @@ class Table(_Part):
     tasks: dict[Name, Task] = {"": Task()}
     cells: dict[Name, Cell]
     curves: dict[Name, Curve] = {}
+    family: list[Text] = []  # cells whose comparisons were planned together: their p values are also corrected
     smoke: Arguments = {}
     _path: Path
 
@@ -172,7 +176,7 @@ class Table(_Part):
         """Name of the cell that a cell is compared with; "" if with none."""
         cell = self.cells[name]
         unrelated = cell.shared or name == self.control  # one run for all seeds is the partner of none
-        return cell.versus or ("" if unrelated else self.control)
+        return cell.versus or cell.control_of or ("" if unrelated else self.control)
 
     @model_validator(mode="after")
     def check_names(self):
@@ -200,19 +204,23 @@ class Table(_Part):
                     raise ValueError(f"cells.{name} is shared by all seeds, but {need!r}, which it needs, is not")
                 if need not in list(self.cells)[:position]:
                     raise ValueError(f"cells.{name}.needs: {need!r} must stand above {name!r}")
-            if cell.versus == name:
+            if cell.versus and cell.control_of:
+                raise ValueError(f"cells.{name}: versus and control_of are one comparison in two directions; give one")
+            key = f"cells.{name}.{'control_of' if cell.control_of else 'versus'}"
+            if name in (cell.versus, cell.control_of):
                 others = [other for other in self.cells if other != name]
-                raise ValueError(f"cells.{name}.versus: this is the cell itself; {suggest(name, others)}")
-            other = cell.versus or self.control
-            _check_known(f"cells.{name}.versus", [other], self.cells)
+                raise ValueError(f"{key}: this is the cell itself; {suggest(name, others)}")
+            other = cell.versus or cell.control_of or self.control
+            _check_known(key, [other], self.cells)
             if not cell.shared and self.cells[other].shared:  # its one run would be paired with one of many
-                key = f"cells.{name}.versus" if cell.versus else "control"
+                key = key if cell.versus or cell.control_of else "control"
                 raise ValueError(f"{key}: {other!r} is shared, one run for all seeds; give one with all of them")
             _check_known(f"cells.{name}.published.value", cell.published.value, self.tasks, "task")
             if cell.published.value and not cell.published.source:
                 raise ValueError(f"cells.{name}.published: source is missing")
         for name, curve in self.curves.items():
             _check_known(f"curves.{name}.cells", curve.cells, self.cells)
+        _check_known("family", self.family, self.cells)
         return self
 
 
