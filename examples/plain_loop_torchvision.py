@@ -11,17 +11,17 @@ import torch
 from torch.nn.functional import cross_entropy
 from torchvision.models import resnet18, resnet34
 
-from dskd import DirectionSensitivityLoss, Own, pair_weights
+from dskd import DirectionSensitivityLoss, Own, pair_layers
 
 STEPS, BATCH, CLASSES, WEIGHT = 20, 8, 3, 0.1
-BLOCKS = {"layer2.1": "layer2.3", "layer3.1": "layer3.5"}  # the last block of a stage; student: teacher
+BLOCKS = [("layer2.1.*", "layer2.3.*"), ("layer3.1.*", "layer3.5.*")]  # the last of a stage; left out: all the rest
 
 
 def main() -> None:
     torch.manual_seed(0)
     student, teacher = resnet18(num_classes=CLASSES), resnet34(num_classes=CLASSES).eval()
-    names = [(f"{a}.{conv}", f"{b}.{conv}") for a, b in BLOCKS.items() for conv in ("conv1", "conv2")]
-    dskd = DirectionSensitivityLoss(pair_weights(student, teacher, names), Own(rank=32), svd_steps=5)
+    pairs = pair_layers(student, teacher, BLOCKS)  # without patterns: all blocks, spread over the teacher's
+    dskd = DirectionSensitivityLoss(pairs, Own(rank=32), svd_steps=5)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     dskd.attach(optimizer, total_steps=STEPS)
 

@@ -5,10 +5,12 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
+from .pairs import LayerPairs, LeftOut, Owner
+
 
 def pair_weights(
     student: nn.Module, teacher: nn.Module, names: Sequence[tuple[str, str]], *, skip_mismatched: bool = False
-) -> list[tuple[str, Tensor, Tensor]]:
+) -> LayerPairs:
     """The pairs that `DirectionSensitivityLoss` takes, from module names.
 
     Args:
@@ -17,22 +19,26 @@ def pair_weights(
         skip_mismatched: leave out pairs whose shapes differ instead of refusing them.
 
     Returns:
-        (student module name, student weight, teacher weight) of every pair.
+        (student module name, student weight, teacher weight) of every pair; they know the modules, see `LayerPairs`.
 
     Raises:
         ValueError: a name that is not there, shapes that differ (both layers and shapes are named), nothing left.
     """
-    pairs = []
+    pairs = LayerPairs(how="by name", teacher_names=dict(names))
     for student_name, teacher_name in names:
         student_weight = _weight(student, student_name, "student")
         teacher_weight = _weight(teacher, teacher_name, "teacher")
         if student_weight.shape == teacher_weight.shape:
             pairs.append((student_name, student_weight, teacher_weight))
+            modules = (student.get_submodule(student_name), teacher.get_submodule(teacher_name))
+            pairs.owners[student_name] = (Owner(modules[0], "weight"), Owner(modules[1], "weight"))
         elif not skip_mismatched:
             raise ValueError(
                 f"layer pair of different shapes: student {student_name} {tuple(student_weight.shape)}, "
                 f"teacher {teacher_name} {tuple(teacher_weight.shape)}; name other layers or skip mismatched pairs"
             )
+        else:
+            pairs.left_out.append(LeftOut(student_name, teacher_name, "shapes differ"))
     if not pairs:
         raise ValueError("no layer pair of equal shapes is left for DSKD")
     return pairs

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from dskd import DirectionSensitivityLoss
 from dskd.pairing import expand_patterns, last_of_group, linear_names, pair_weights, spread_evenly
 
 
@@ -99,3 +100,28 @@ def test_a_convolution_weight_pairs_as_it_is():
     student, teacher = nn.Sequential(nn.Conv2d(2, 4, 3)), nn.Sequential(nn.Conv2d(2, 4, 3))
     [(_, weight, _)] = pair_weights(student, teacher, [("0", "0")])
     assert weight.shape == torch.Size([4, 2, 3, 3])
+
+
+def test_a_weight_that_was_replaced_since_is_refused_by_name():
+    student, teacher = network(a=(3, 2)), network(a=(3, 2))
+    pairs = pair_weights(student, teacher, [("a", "a")])
+    student.load_state_dict({name: value.clone() for name, value in student.state_dict().items()}, assign=True)
+    with pytest.raises(ValueError, match=r"pair a: the student's layer has another weight than when it was paired"):
+        DirectionSensitivityLoss(pairs)
+
+
+def test_a_weight_that_is_replaced_in_training_is_refused_where_directions_are_due():
+    student = network(a=(3, 2))
+    loss = DirectionSensitivityLoss(pair_weights(student, network(a=(3, 2)), [("a", "a")]), svd_steps=2)
+    student.load_state_dict({name: value.clone() for name, value in student.state_dict().items()}, assign=True)
+    with loss.observe(0.0):
+        pass
+    with pytest.raises(ValueError, match="another weight"), loss.observe(0.5):
+        pass
+
+
+def test_pairs_print_as_a_table_with_what_was_left_out():
+    student, teacher = network(a=(3, 2), b=(4, 4)), network(c=(3, 2), d=(4, 5))
+    pairs = pair_weights(student, teacher, [("a", "c"), ("b", "d")], skip_mismatched=True)
+    table = ["student  teacher  weight", "a        c        (2, 3)", "left out", "shapes differ: b beside d"]
+    assert str(pairs).splitlines()[1:] == table
