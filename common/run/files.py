@@ -63,3 +63,12 @@ def check_writable(name: str, folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{name} {folder} cannot be written to: {error.strerror}") from None
+
+
+def readable(folder: Path) -> None:
+    """Give all files of a folder the rights that the user's umask asks for: some libraries write 0600."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)

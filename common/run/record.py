@@ -1,5 +1,6 @@
 """The record of a run: resolved config, one JSON line per log step, one result file with all that a table needs."""
 
+import math
 import platform
 import re
 import shlex
@@ -18,16 +19,24 @@ from common.run.step_log import StepLog
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "numpy")
 
 
-def check_circumstances(checkpoint: Path, before: Mapping[str, int], now: Mapping[str, int]) -> None:
-    """Refuse to resume where numbers that the steps depend on, besides the settings, have changed.
+def check_circumstances(checkpoint: Path, before: Mapping[str, int | str], now: Mapping[str, int | str]) -> None:
+    """Refuse to resume where what the steps depend on, besides the settings, has changed.
 
-    before: as written with the checkpoint; one that is absent, in an older checkpoint, is not compared.
+    Args:
+        checkpoint: for the message.
+        before: as written with the checkpoint; one that is absent, in an older checkpoint, is not compared.
+        now: numbers by name; hashes, as texts, by the name of what they are of.
 
     Raises:
         UserError: one differs.
     """
     for name, value in now.items():
         if (earlier := before.get(name, value)) != value:
+            if isinstance(value, str):
+                raise UserError(
+                    f"--resume: {checkpoint} was written with another {name} (sha256 {earlier:.12}, now {value:.12}); "
+                    "go on with that one, or start a new run"
+                )
             raise UserError(f"--resume: {checkpoint} was written with {earlier} {name}, now there are {value}")
 
 
@@ -60,7 +69,13 @@ class RunRecord:
         return self._metrics.lines
 
     def finish(self, **result: Any) -> dict[str, Any]:
-        """Write `result.json`: the given fields, then where, with what and by which command they were measured."""
+        """Write `result.json`: the given fields, then where, with what and by which command they were measured.
+
+        Raises:
+            FloatingPointError: a number that is not finite.
+        """
+        if wrong := _not_finite(result):
+            raise FloatingPointError(f"{wrong} of the result is not a finite number")
         result = {
             **result,
             "peak_memory_bytes": peak_memory_bytes(),
@@ -71,6 +86,13 @@ class RunRecord:
         }
         write_json(self.folder / "result.json", result)
         return result
+
+
+def _not_finite(value: Any, name: str = "") -> str:
+    """The name of a number within a value that is not finite, "" if there is none."""
+    if isinstance(value, Mapping):
+        return next((wrong for key, entry in value.items() if (wrong := _not_finite(entry, str(key)))), "")
+    return name if isinstance(value, float) and not math.isfinite(value) else ""
 
 
 def peak_memory_bytes() -> int:
