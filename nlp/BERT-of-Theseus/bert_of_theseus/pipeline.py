@@ -66,7 +66,7 @@ from common.run.choices import ChoiceLog
 from common.run.disk import check_space
 from common.run.errors import UserError
 from common.run.files import write_json, write_text
-from common.run.reading import read_json, reading
+from common.run.reading import reading
 from common.run.record import RunRecord
 from common.run.stopping import Stopped, stop_requests
 from common.settings import SETTINGS, of_arguments
@@ -268,8 +268,6 @@ def _train(args, task, tokenizer, model, datasets, job: _Job | None, claim: Clai
     best_on = f"eval_{'selection' if args.selection_split else task.dev_sets[0]}_{task.primary}"
     patience = PatienceCallback(best_on, args.patience) if args.patience else None
     checkpoint, passed = find_checkpoint(output_dir) if args.resume else (None, [])
-    if checkpoint and patience and patience.exhausted(_history(checkpoint)):
-        setup = training_arguments(args, output_dir, max_steps=_step(checkpoint))  # it had ended
     trainer = _trainer(
         args, task, tokenizer, student, datasets, setup, dskd=dskd, lambda_size=args.lambda_size if dskd else 0.0
     )
@@ -316,10 +314,11 @@ def _train(args, task, tokenizer, model, datasets, job: _Job | None, claim: Clai
         print(f"training: {how}" + (f", {start}" if args.resume else ""), flush=True)
         if len(job.layers) != layers:
             print(layer_map(len(job.layers), layers, args.start), flush=True)
-    with stop_requests() as request:
+    with stop_requests() as request, _whole(checkpoint):
         stop = StopCallback(request)
         trainer.add_callback(stop)
-        with _whole(checkpoint):
+        ended = checkpoint is not None and trainer.take_up_ended(checkpoint, patience)
+        if not ended:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.signum:
         step = trainer.state.global_step
@@ -344,8 +343,8 @@ def _train(args, task, tokenizer, model, datasets, job: _Job | None, claim: Clai
     dev_metric = f"{task.dev_sets[0]}_{task.primary}"
     majority = majority_metric(task, datasets) if args.do_eval else None
     warnings = []
-    if replacing and replacing.last < 1:
-        warnings.append(f"the student never ran alone: the probability of replacing ended at {replacing.last:.3f}")
+    if replacing and (ended_at := replacing.last(trainer.state)) < 1:
+        warnings.append(f"the student never ran alone: the probability of replacing ended at {ended_at:.3f}")
     if dskd and not dskd.choices:
         warnings.append("no directions were chosen in the whole run: lower --svd_steps")
     if trainer.compute_metrics.classes == 1:
@@ -390,10 +389,6 @@ def _train(args, task, tokenizer, model, datasets, job: _Job | None, claim: Clai
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
-
-
-def _history(checkpoint: Path) -> list[dict]:
-    return read_json(checkpoint / "trainer_state.json")["log_history"]
 
 
 @contextmanager

@@ -16,7 +16,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from bert_of_theseus.metrics import compute, decide
 from bert_of_theseus.modeling import TheseusModel
@@ -140,6 +147,20 @@ class DistillationTrainer(Trainer):
         device = self.args.device
         self._sums = {name: torch.tensor(value, device=device) for name, value in window["sums"].items()}
         self._summed = window["summed"]
+
+    def take_up_ended(self, checkpoint: Path, patience: "PatienceCallback | None" = None) -> bool:
+        """Whether training had ended with a checkpoint; its weights and log are taken up then.
+
+        `train` would go on by a step where the end is in the midst of an epoch.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < state.max_steps and not (patience and patience.exhausted(state.log_history)):
+            return False
+        self.state = self.callback_handler.state = state
+        self._load_from_checkpoint(str(checkpoint))
+        summary = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+        self.log({**dict.fromkeys(summary, 0.0), "total_flos": state.total_flos, "train_loss": 0.0})
+        return True
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         self._check_finite(self._reduced_sums())
@@ -356,9 +377,6 @@ class ReplacingCallback(TrainerCallback):
         theseus: whose probability it is.
         schedule: optimizer steps done -> probability.
         plan: instead of it, all steps of the training -> schedule.
-
-    Attributes:
-        last: the probability in the last step.
     """
 
     def __init__(
@@ -368,7 +386,6 @@ class ReplacingCallback(TrainerCallback):
         plan: Callable[[int], Callable[[int], float]] | None = None,
     ):
         self.theseus, self.schedule, self.plan = theseus, schedule, plan
-        self.last = 0.0
 
     def on_train_begin(self, args, state, control, **_):
         if self.plan is not None:
@@ -377,8 +394,9 @@ class ReplacingCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
         self.theseus.replacing_probability = self.schedule(state.global_step)
 
-    def on_train_end(self, args, state, control, **_):
-        self.last = self.schedule(max(state.global_step - 1, 0))
+    def last(self, state: TrainerState) -> float:
+        """The probability in the last step."""
+        return (self.schedule or self.plan(state.max_steps))(max(state.global_step - 1, 0))
 
 
 class RecordCallback(TrainerCallback):
