@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -27,11 +30,13 @@ from safetensors.torch import save_file
 from bert_of_theseus import pipeline
 from bert_of_theseus.arguments import parse_arguments
 from bert_of_theseus.training import DistillationTrainer, PatienceCallback, last_checkpoint
+from common import ROOT
 from common.run.errors import UserError
 from common.run.lock import locked
 from common.run.manifest import MANIFEST, damage
 from common.run.stopping import Stopped
 
+SCRIPT = ROOT / "nlp" / "BERT-of-Theseus" / "run_glue_SVD_losslayer.py"
 TIMES = ("_per_second", "_runtime", "_time", "runtime")
 
 
@@ -207,6 +212,45 @@ def test_an_earlier_run_is_back_if_the_new_one_ends_before_its_first_checkpoint(
     assert snapshot(output) == before
 
 
+@pytest.mark.parametrize("moved", [("result.json",), ("result.json", "metrics.jsonl", "checkpoint-4")])
+def test_an_earlier_run_that_was_half_moved_when_a_program_was_killed_is_whole_again(
+    tiny,  # noqa: F811
+    whole,
+    tmp_path,
+    monkeypatch,
+    moved,
+):
+    output = shutil.copytree(whole, tmp_path / "run")
+    before = snapshot(output)
+    (output / ".earlier-run").mkdir()
+    for name in moved:
+        (output / name).rename(output / ".earlier-run" / name)
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        execute(flags(tiny, output, "--overwrite_output_dir", "--max_steps", "2"))
+    assert snapshot(output) == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_does_not_take_the_earlier_ones_place(
+    tiny,  # noqa: F811
+    whole,
+    tmp_path,
+    monkeypatch,
+):
+    output = shutil.copytree(whole, tmp_path / "run")
+    before = snapshot(output)
+    killed = output / ".earlier-run"
+    killed.mkdir()
+    for path in [path for path in output.iterdir() if path != killed]:
+        path.rename(killed / path.name)
+    shutil.copy(killed / "config.json", output)
+    (output / "metrics.jsonl").write_text("")
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        execute(flags(tiny, output, "--overwrite_output_dir", "--max_steps", "2"))
+    assert snapshot(output) == before
+
+
 def test_an_earlier_run_goes_when_the_new_one_has_a_checkpoint(tiny, whole, tmp_path, monkeypatch):  # noqa: F811
     output = shutil.copytree(whole, tmp_path / "run")
     seen = []
@@ -338,6 +382,40 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_bit_for_bit(tiny, whole, tm
     execute(flags(tiny, tmp_path, *SIX, "--resume"))
     assert_same_bits(weights_of(tmp_path / "student"), weights_of(whole / "student"))
     assert timeless(tmp_path) == timeless(whole)
+
+
+def program(tiny, output, *more, **environment):  # noqa: F811
+    """The program in a process of its own."""
+    words = [sys.executable, str(SCRIPT), *flags(tiny, output, *more)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_program_ends_with_a_signals_code_and_the_command_that_goes_on(tiny, tmp_path, signum, code):  # noqa: F811
+    process = program(tiny, tmp_path / "run", "--max_steps", "1000000", "--save_steps", "1000000")
+    while "'loss'" not in process.stdout.readline():
+        pass
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    last = errors.splitlines()[-1]
+    assert re.match(
+        rf"stopped by {signal.Signals(signum).name}, step \d+ of 1000000 is saved in checkpoint-\d+; ", last
+    )
+    assert f"to go on: python {SCRIPT} --resume --model_name_or_path {tiny.model}" in last
+    assert "Traceback" not in errors
+    assert last_checkpoint(tmp_path / "run") is not None
+
+
+def test_a_predecessor_that_is_stopped_says_that_it_trains_anew(tiny, tmp_path, monkeypatch):  # noqa: F811
+    def compute_loss(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", compute_loss)
+    with pytest.raises(Stopped) as caught:
+        execute(flags(tiny, tmp_path, "--finetune_predecessor", "--max_steps", "1"))
+    assert (caught.value.code, caught.value.saved) == (143, "the predecessor will train anew")
 
 
 # divergence

@@ -51,19 +51,24 @@ def check_folder(folder: Path, args: argparse.Namespace) -> None:
 class ClaimedFolder:
     """The output folder while the run holds it.
 
-    An earlier run lies aside in it until `keep` says that the new one has something complete.
+    An earlier run lies aside in it until `keep` says that the new one has something complete. Its config.json goes
+    there last and comes back first: where only a part had been moved when the program was killed, it is not there.
     """
 
     def __init__(self, folder: Path):
         self._folder, self._aside = folder, folder / _EARLIER
 
+    @property
+    def has_earlier(self) -> bool:
+        return self._aside.exists()
+
     def move_earlier_aside(self) -> None:
         written = _earlier_run(self._folder)
-        if self._aside.exists():  # of a run that was killed before it had anything complete: that one goes
+        if (self._aside / "config.json").exists():  # of a run that was killed before it had anything complete
             _remove(written)
         elif written:
-            self._aside.mkdir()
-            for path in written:
+            self._aside.mkdir(exist_ok=True)
+            for path in sorted(written, key=lambda path: path.name == "config.json"):
                 os.replace(path, self._aside / path.name)
 
     def keep(self) -> None:
@@ -72,9 +77,9 @@ class ClaimedFolder:
 
     def put_back(self) -> None:
         """The new run has nothing: the earlier one returns to its place, if there is one."""
-        if self._aside.exists():
+        if self.has_earlier:
             _remove(_earlier_run(self._folder))
-            for path in self._aside.iterdir():
+            for path in sorted(self._aside.iterdir(), key=lambda path: path.name != "config.json"):
                 os.replace(path, self._folder / path.name)
             self._aside.rmdir()
             print(f"the earlier run in {self._folder} is back in its place: the new one had no checkpoint", flush=True)

@@ -68,7 +68,7 @@ from common.run.errors import UserError
 from common.run.files import write_json, write_text
 from common.run.reading import reading
 from common.run.record import RunRecord
-from common.run.stopping import Stopped, stop_requests
+from common.run.stopping import Stopped, end_at_once, handled, stop_requests
 from common.settings import SETTINGS, of_arguments
 from common.svd_loss import DirectionSensitivityLoss, build_loss
 
@@ -259,7 +259,13 @@ def _train(args, task, tokenizer, model, datasets, job: _Job | None, claim: Clai
     setup = training_arguments(args, output_dir)
     complete = claim.keep if claim else lambda: None
     if job is None:
-        model = _finetune_predecessor(args, task, tokenizer, model, datasets, output_dir / "predecessor")
+        try:
+            with handled(end_at_once):
+                model = _finetune_predecessor(args, task, tokenizer, model, datasets, output_dir / "predecessor")
+        except Stopped as stopped:
+            if claim and not claim.has_earlier:  # else that one returns, and is not to be resumed with these settings
+                stopped.saved = "the predecessor will train anew"
+            raise
         complete()
         set_seed(args.seed)
         job = _assemble(args, task, model, datasets, setup)
