@@ -2,12 +2,15 @@
 
 import errno
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from common.run.errors import UserError
 
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
+_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed")
+_FULL_WORDS += ("] . unexpected pos ",)  # torch.save: "[enforce fail at ...] . unexpected pos 7680 vs 7572"
 
 
 def check_space(name: str, folder: Path, needed: int) -> None:
@@ -38,6 +41,17 @@ def is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever says that the disk is full says so with the place: an OSError with the path."""
+    try:
+        yield
+    except Exception as error:
+        if is_full(error) and not place(error):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
+        raise
 
 
 def place(error: BaseException | None) -> str:

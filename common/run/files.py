@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common.run.disk import writing
 from common.run.errors import UserError
 
 
@@ -17,8 +18,9 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = name_aside(path)
     try:
-        write(aside)
-        os.replace(aside, path)
+        with writing(path):
+            write(aside)
+            os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 

@@ -14,7 +14,7 @@ from common import ROOT
 from common.run import disk, manifest
 from common.run.disk import check_space, is_full
 from common.run.errors import UserError, run_cli
-from common.run.files import remove_leftovers, write_json
+from common.run.files import remove_leftovers, write_aside, write_json
 from common.run.lock import LOCK, check_unlocked, locked
 from common.run.manifest import last_whole, write_manifest
 from common.run.reading import parse_json, read_json, read_json_lines, read_safetensors, read_tensors, read_yaml
@@ -163,6 +163,15 @@ def test_a_full_disk_is_one_line_with_the_place_and_the_way_on(cause, capsys, mo
     where = ": /out/weights cannot be written" if isinstance(cause, OSError) else ""
     expected = f"error: disk full{where}; make room, then go on with: python train.py --resume --cfg 'a b.yaml'\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_full_disk_that_torch_tells_in_its_own_words_has_the_place(tmp_path):
+    def write(_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 7680 vs 7572")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_aside(tmp_path / "state.pt", write)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "state.pt"))
 
 
 def test_another_error_keeps_its_traceback():

@@ -30,6 +30,7 @@ from bert_of_theseus.modeling import TheseusModel
 from bert_of_theseus.sampling import LengthGrouped
 from bert_of_theseus.tasks import Task
 from common.run.choices import ChoiceLog
+from common.run.disk import writing
 from common.run.errors import UserError
 from common.run.files import name_aside, readable, write_aside
 from common.run.manifest import MANIFEST, last_whole, write_manifest
@@ -167,7 +168,8 @@ class DistillationTrainer(Trainer):
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not parameter.isfinite().all():
                 raise FloatingPointError(f"{name} is not finite at step {self.state.global_step}")
-        super()._save_checkpoint(*args, **kwargs)
+        with writing(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _examples_per_second(self) -> float:
         """Since the last log line, time of evaluations left out."""
@@ -518,9 +520,10 @@ def save_student(student: nn.Module, tokenizer, folder: Path, card: str) -> None
     for path in (aside, gone):
         shutil.rmtree(path, ignore_errors=True)
     try:
-        copy.deepcopy(student).to("cpu", torch.float32).save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        (aside / "README.md").write_text(card, encoding="utf-8")
+        with writing(folder):
+            copy.deepcopy(student).to("cpu", torch.float32).save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            (aside / "README.md").write_text(card, encoding="utf-8")
         readable(aside)
         if folder.exists():
             os.replace(folder, gone)
