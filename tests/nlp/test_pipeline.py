@@ -31,8 +31,8 @@ from transformers import AutoModelForSequenceClassification, BertModel
 from bert_of_theseus import pipeline
 from bert_of_theseus.training import METHOD_STATE, DistillationTrainer, MethodStateCallback, last_checkpoint
 from common import ROOT
+from common.run import manifest
 from common.run.errors import UserError
-from common.run.manifest import MANIFEST, write_manifest
 
 STORY = ("--finetune_predecessor", "--predecessor_num_train_epochs", "2", "--predecessor_learning_rate", "2e-3")
 STORY += ("--max_steps", "2", "--replacing_rate", "1.0", "--scheduler_type", "constant")
@@ -533,7 +533,8 @@ def test_a_resumed_run_counts_the_time_of_both_parts(tiny, tmp_path):  # noqa: F
     assert state["totals"]["examples"] == 16
     state["totals"]["seconds"] = 1000.0
     torch.save(state, path)
-    write_manifest(path.with_name(MANIFEST), [file for file in path.parent.iterdir() if file.name != MANIFEST])
+    files = [file for file in path.parent.iterdir() if file.name != manifest.MANIFEST]
+    manifest.write_manifest(path.with_name(manifest.MANIFEST), files)
     execute(flags(tiny, tmp_path / "resumed", *more, "--resume"))
     result = result_of(tmp_path / "resumed")
     assert 1000 < result["wall_seconds"] < 1100
