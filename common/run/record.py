@@ -1,8 +1,8 @@
 """The record of a run: resolved config, one JSON line per log step, one result file with all that a table needs."""
 
+import math
 import platform
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -19,16 +19,24 @@ from common.run.step_log import StepLog
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "numpy")
 
 
-def check_circumstances(checkpoint: Path, before: Mapping[str, int], now: Mapping[str, int]) -> None:
-    """Refuse to resume where numbers that the steps depend on, besides the settings, have changed.
+def check_circumstances(checkpoint: Path, before: Mapping[str, int | str], now: Mapping[str, int | str]) -> None:
+    """Refuse to resume where what the steps depend on, besides the settings, has changed.
 
-    before: as written with the checkpoint; one that is absent, in an older checkpoint, is not compared.
+    Args:
+        checkpoint: for the message.
+        before: as written with the checkpoint; one that is absent, in an older checkpoint, is not compared.
+        now: numbers by name; hashes, as texts, by the name of what they are of.
 
     Raises:
         UserError: one differs.
     """
     for name, value in now.items():
         if (earlier := before.get(name, value)) != value:
+            if isinstance(value, str):
+                raise UserError(
+                    f"--resume: {checkpoint} was written with another {name} (sha256 {earlier:.12}, now {value:.12}); "
+                    "go on with that one, or start a new run"
+                )
             raise UserError(f"--resume: {checkpoint} was written with {earlier} {name}, now there are {value}")
 
 
@@ -39,20 +47,35 @@ class RunRecord:
         folder: the run's output folder.
         config: the resolved settings, JSON-serialisable.
         resume_step: on resuming, the step of the checkpoint; log lines of later steps are dropped, they come again.
+        resume_lines: the number of log lines when the checkpoint was written (`lines`), if it is known; lines after it
+            are dropped, whatever their step.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], resume_step: int | None = None):
+    def __init__(
+        self, folder: Path, config: dict[str, Any], resume_step: int | None = None, resume_lines: int | None = None
+    ):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._metrics = StepLog(folder / "metrics.jsonl", resume_step)
+        self._metrics = StepLog(folder / "metrics.jsonl", resume_step, resume_lines)
         write_json(folder / "config.json", config)
 
     def log(self, step: int, **values: Any) -> None:
         """Append one line; numbers that are not finite are written as strings, so that every line is valid JSON."""
         self._metrics.append(step, **values)
 
+    @property
+    def lines(self) -> int:
+        """The lines of the log so far, for a checkpoint to keep."""
+        return self._metrics.lines
+
     def finish(self, **result: Any) -> dict[str, Any]:
-        """Write `result.json`: the given fields, then where, with what and by which command they were measured."""
+        """Write `result.json`: the given fields, then where, with what and by which command they were measured.
+
+        Raises:
+            FloatingPointError: a number that is not finite.
+        """
+        if wrong := _not_finite(result):
+            raise FloatingPointError(f"{wrong} of the result is not a finite number")
         result = {
             **result,
             "peak_memory_bytes": peak_memory_bytes(),
@@ -65,6 +88,13 @@ class RunRecord:
         return result
 
 
+def _not_finite(value: Any, name: str = "") -> str:
+    """The name of a number within a value that is not finite, "" if there is none."""
+    if isinstance(value, Mapping):
+        return next((wrong for key, entry in value.items() if (wrong := _not_finite(entry, str(key)))), "")
+    return name if isinstance(value, float) and not math.isfinite(value) else ""
+
+
 def peak_memory_bytes() -> int:
     """Peak memory of this process: allocated on the GPU if one is used, resident on the host otherwise."""
     import torch
@@ -73,6 +103,10 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     if (status := Path("/proc/self/status")).exists():  # Linux, whose ru_maxrss counts the launching process, too
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 

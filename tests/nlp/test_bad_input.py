@@ -58,6 +58,12 @@ def own(tmp_path, tiny):  # noqa: F811
     )
 
 
+def earlier_run(own):
+    """What shows that the output folder is a run's."""
+    own.output.mkdir(exist_ok=True)
+    (own.output / "config.json").write_text(json.dumps(vars(parse_arguments(own.words))))
+
+
 def spoil_missing(data):
     (data / "dev.tsv").unlink()
 
@@ -109,10 +115,10 @@ def test_bad_data_is_located_and_nothing_is_written(own, complaint, spoil, told)
 )
 def test_a_bad_setting_is_named_before_an_earlier_run_is_removed(own, complaint, more, told, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    own.output.mkdir()
-    (own.output / "result.json").write_text("{}")
+    earlier_run(own)
+    before = snapshot(own.output)
     assert told in complaint([*own.words, "--overwrite_output_dir", *more])
-    assert snapshot(own.output) == {"result.json": b"{}"}
+    assert snapshot(own.output) == before
 
 
 def test_an_unknown_task_is_told_the_known_ones(own, complaint):
@@ -185,7 +191,7 @@ def test_overwriting_that_would_remove_a_given_file_through_a_link_is_refused(ow
 def test_overwriting_keeps_data_and_a_model_that_lie_beside_the_earlier_run(own, tiny):  # noqa: F811
     shutil.copytree(own.data, own.output)
     shutil.copytree(tiny.model, own.output / "bert")
-    (own.output / "result.json").write_text("{}")
+    earlier_run(own)
     words = flags(SimpleNamespace(model=own.output / "bert", data=own.output), own.output)
     execute([*words, "--overwrite_output_dir", "--max_steps", "1"])
     assert {"train.tsv", "dev.tsv", "bert", "student"} <= {path.name for path in own.output.iterdir()}
@@ -194,6 +200,7 @@ def test_overwriting_keeps_data_and_a_model_that_lie_beside_the_earlier_run(own,
 def test_overwriting_removes_the_earlier_run_and_nothing_else(own):
     stale = own.output / "checkpoint-900"
     stale.mkdir(parents=True)
+    earlier_run(own)
     (own.output / "notes.txt").write_text("mine")
     execute([*own.words, "--overwrite_output_dir", "--max_steps", "1"])
     assert not stale.exists()
@@ -293,7 +300,7 @@ def test_resuming_with_broken_settings_is_refused(own, complaint, content):
     settings = own.output / "config.json"
     settings.write_bytes(content)
     message = complaint([*own.words, "--resume"])
-    assert f"--resume: {settings} does not hold the settings of a run; start again with --overwrite" in message
+    assert f"--resume: {settings} does not hold the settings of a run; remove it and start again" in message
     assert settings.read_bytes() == content
 
 

@@ -1,6 +1,7 @@
 """Two processes on the CPU: every rank has the same weights and directions, and every example counts once."""
 
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 from nlp_fixtures import assert_same_bits, flags, log_of, result_of, tiny_tokenizer, weights_of, write_model, write_rte
 from transformers import AutoModelForSequenceClassification
 
+from bert_of_theseus.training import last_checkpoint
 from common import ROOT
 
 # Runs the pipeline under torchrun; each rank leaves what it ended with.
@@ -153,3 +155,20 @@ def test_both_ranks_leave_the_group_before_they_exit(ranks):
     """A group that is left to the interpreter's exit aborts the process now and then."""
     assert not ranks.first["in a group"]
     assert not ranks.second["in a group"]
+
+
+def test_a_preempted_group_saves_one_step_on_all_ranks_and_goes_on(tmp_path):
+    paths = SimpleNamespace(model=write_model(tmp_path / "model"), data=write_rte(tmp_path / "data"))
+    script = ROOT / "nlp" / "BERT-of-Theseus" / "run_glue_SVD_losslayer.py"
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    words += flags(paths, tmp_path / "run", "--max_steps", "100000", "--save_steps", "100000")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "'loss'" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert "is saved in checkpoint-" in errors
+    found = last_checkpoint(tmp_path / "run")
+    assert found is not None
+    assert {path.name for path in found.iterdir()} >= {"rng_state_0.pth", "rng_state_1.pth", "manifest.json"}

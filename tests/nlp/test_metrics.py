@@ -51,7 +51,7 @@ def test_custom_macro_f1_is_the_mean_over_the_classes():
     logits = np.eye(3)[[0, 0, 1, 1]]
     # class 0: one hit, one false alarm; class 1: one hit, one false alarm, one miss; class 2: one miss
     scores = compute(CUSTOM, logits, np.array([0, 1, 1, 2]))
-    assert scores == {"accuracy": 0.5, "f1": pytest.approx((2 / 3 + 1 / 2 + 0) / 3)}
+    assert scores == {"accuracy": 0.5, "f1": pytest.approx((2 / 3 + 1 / 2 + 0) / 3), "balanced_accuracy": 0.5}
 
 
 @pytest.mark.parametrize("task", [*TASKS, CUSTOM, SCORES], ids=lambda task: task.name)

@@ -31,6 +31,7 @@ from transformers import AutoModelForSequenceClassification, BertModel
 from bert_of_theseus import pipeline
 from bert_of_theseus.training import METHOD_STATE, DistillationTrainer, MethodStateCallback, last_checkpoint
 from common import ROOT
+from common.run import manifest
 from common.run.errors import UserError
 from dskd import DirectionSensitivityLoss
 
@@ -66,6 +67,7 @@ def trained(tiny, tmp_path_factory):  # noqa: F811
     """Two epochs (six steps) of Theseus with DSKD, evaluated and saved every two steps, with predictions."""
     output = tmp_path_factory.mktemp("trained")
     more = ("--num_train_epochs", "2", "--evaluate_during_training", "--save_steps", "2", "--do_predict")
+    more += ("--scheduler_linear_k", "0.0003")
     execute(flags(tiny, output, *DSKD, *more, "--report_to", "tensorboard"))
     return output
 
@@ -215,6 +217,7 @@ def test_dskd_pulls_the_student_towards_its_teacher(tiny, tmp_path):  # noqa: F8
     loss = {}
     for size in ("0", "5"):
         more = ("--max_steps", "12", "--ifsvd", "--rank_size", "0", "--svd_steps", "100", "--grad_steps", "1")
+        more += ("--scheduler_linear_k", "0.0003")
         execute(flags(tiny, tmp_path / size, *more, "--lambda_size", size, model=tiny.still))
         loss[size] = [line["dskd_loss"] for line in log_of(tmp_path / size, "dskd_loss")]
     assert loss["5"][0] == loss["0"][0]
@@ -531,6 +534,8 @@ def test_a_resumed_run_counts_the_time_of_both_parts(tiny, tmp_path):  # noqa: F
     assert state["totals"]["examples"] == 16
     state["totals"]["seconds"] = 1000.0
     torch.save(state, path)
+    files = [file for file in path.parent.iterdir() if file.name != manifest.MANIFEST]
+    manifest.write_manifest(path.with_name(manifest.MANIFEST), files)
     execute(flags(tiny, tmp_path / "resumed", *more, "--resume"))
     result = result_of(tmp_path / "resumed")
     assert 1000 < result["wall_seconds"] < 1100
@@ -622,7 +627,7 @@ def test_a_custom_classification_reads_csv_and_takes_its_labels_from_the_trainin
     words += ["--method", "finetune", "--max_steps", "2", "--max_seq_length", "32", "--report_to", "none"]
     execute([str(word) for word in [*words, "--disable_tqdm"]])
     assert predictor_of(tmp_path / "run" / "student").config.id2label == {0: "bad", 1: "good", 2: "old"}
-    assert result_of(tmp_path / "run")["last_evaluation"].keys() == {"dev_accuracy", "dev_f1"}
+    assert result_of(tmp_path / "run")["last_evaluation"].keys() == {"dev_accuracy", "dev_f1", "dev_balanced_accuracy"}
     predicted = [line.split("\t")[1] for line in lines(tmp_path / "run" / "predictions" / "predictions.tsv")[1:]]
     assert len(predicted) == 12
     assert set(predicted) <= {"good", "bad", "old"}

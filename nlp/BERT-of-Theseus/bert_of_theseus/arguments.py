@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--do_train", action="store_true", help="train, and save the result in OUTPUT_DIR/student")
     what.add_argument("--do_eval", action="store_true", help="report the metrics of the dev set(s)")
     what.add_argument("--do_predict", action="store_true", help="write the test set(s) in the GLUE server's format")
+    what.add_argument("--probabilities", action="store_true", help="with --do_predict: every class's, in another file")
 
     io = parser.add_argument_group("model, task and folders")
     io.add_argument("--model_name_or_path", required=True, metavar="M", help="the predecessor: folder or hub name")
@@ -45,6 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
     io.add_argument("--output_dir", required=True, help="where results, checkpoints and the student go")
     io.add_argument("--overwrite_output_dir", action="store_true", help="replace an earlier run in OUTPUT_DIR")
     io.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR from its last checkpoint")
+    io.add_argument(
+        "--label_map",
+        nargs="+",
+        metavar="LABEL",
+        help="what the model calls the labels of the data: its names in the order of the data's, or DATA=MODEL pairs",
+    )
     io.add_argument("--cache_dir", help="where downloads from the hub are kept")
 
     custom = parser.add_argument_group("data of your own (--task_name custom)")
@@ -89,7 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--replacing_rate", type=_probability, default=0.3, help="probability of replacing at the start"
     )
     method.add_argument("--scheduler_type", choices=("constant", "linear"), default="linear", help="its schedule")
-    method.add_argument("--scheduler_linear_k", type=Number(float, 0), default=0.0003, help="its growth per step")
+    method.add_argument(
+        "--scheduler_linear_k",
+        type=Number(float, 0),
+        help="its growth per step (default: the probability reaches 1 after 60%% of the training)",
+    )
     method.add_argument(
         "--steps_for_replacing",
         type=Number(int, 0),
@@ -128,6 +139,11 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--gradient_accumulation_steps", type=Number(int, 1), default=1, help="batches per optimizer step"
     )
+    train.add_argument(
+        "--class_weights",
+        choices=("balanced",),
+        help="balanced: the loss of a class weighs as N / (classes * its examples), for skewed training sets",
+    )
     train.add_argument("--weight_decay", type=Number(float, 0), default=0.0, help="AdamW's, not on biases and norms")
     train.add_argument("--adam_epsilon", type=_positive, default=1e-8, help="AdamW's epsilon")
     train.add_argument("--max_grad_norm", type=Number(float, 0), default=1.0, help="clipping (0: none)")
@@ -148,6 +164,12 @@ def build_parser() -> argparse.ArgumentParser:
         type=_fraction,
         metavar="FRACTION",
         help="carve this share from the training set to choose the best checkpoint on, instead of the dev set",
+    )
+    report.add_argument(
+        "--patience",
+        type=Number(int, 1),
+        metavar="N",
+        help="stop after N evaluations without a better one (on the selection split, if there is one)",
     )
     report.add_argument("--report_to", choices=("tensorboard", "wandb", "none"), default="tensorboard", help="log sink")
     report.add_argument("--disable_tqdm", action="store_true", help="no progress bars")
@@ -171,6 +193,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             if given[name]:
                 raise UserError(f"{given[name]} {reason}")
 
+    if not args.output_dir.strip():
+        raise UserError("--output_dir is empty; give a folder, . for the present one")
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UserError("nothing to do: give --do_train, --do_eval or --do_predict")
     is_custom = args.task_name.lower() == "custom"
@@ -193,7 +217,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if not args.do_eval:
         refuse(("dev_file",), "needs --do_eval")
     if not args.do_predict:
-        refuse(("test_file",), "needs --do_predict")
+        refuse(("test_file", "probabilities"), "needs --do_predict")
     if not (args.do_eval or args.do_predict):
         refuse(("per_gpu_eval_batch_size",), "needs --do_eval or --do_predict")
     if not args.if_svd:
@@ -207,6 +231,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         refuse(("pkd_beta",), f"has no effect with --method {args.method}")
     if is_regression:
         refuse(("kd_temperature",), "has no effect on a regression, whose targets have no softmax")
+        refuse(("label_map", "class_weights", "probabilities"), "has no effect on a regression, which has no classes")
     if args.method == "finetune" and args.if_svd and not args.num_successor_layers:
         raise UserError(
             "--ifsvd with --method finetune needs --num_successor_layers: a student smaller than its teacher"
@@ -228,6 +253,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if not args.evaluate_during_training:
         refuse(("eval_steps",), "needs --evaluate_during_training")
         refuse(("selection_split",), "needs --evaluate_during_training: without it there is one model to choose from")
+        refuse(("patience",), "needs --evaluate_during_training")
     if args.evaluate_during_training and not args.do_eval:
         raise UserError("--evaluate_during_training needs --do_eval")
     args.eval_steps = args.eval_steps or args.save_steps

@@ -1,9 +1,12 @@
 """Examples of a task from its files or from the hub, carved, limited and tokenised."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import hashlib
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +58,8 @@ def load_task_data(
     Args:
         task: from `get_task` or `custom_task`.
         data_dir: folder of a GLUE task with `<set>.tsv`; None reads `nyu-mll/glue` from the hub.
-        train_file: training file (.tsv, .csv, .jsonl) of a custom task; its labels become the task's, sorted as text.
+        train_file: training file (.tsv, .csv, .jsonl) of a custom task; its labels become the task's, sorted as
+            numbers where all are whole numbers, as text otherwise.
         dev_file: file of a custom task with labels, to evaluate on.
         test_file: file of a custom task to predict; its labels, if any, are not read.
         sets: names of the sets to read; by default training and evaluation sets, for a custom task all that were given.
@@ -158,6 +162,25 @@ class TokenizedDataset(torch.utils.data.Dataset):
         self.lengths = lengths
         self.num_truncated = num_truncated
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id, which the model's vocabulary must reach."""
+        return int(self._inputs["input_ids"].max())
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(N,) class numbers or scores, or None."""
+        return self._labels
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all that the set holds, for a checkpoint to be told from one of other data."""
+        digest = hashlib.sha256()
+        for values in (*self._inputs.values(), self._offsets, self._labels):
+            if values is not None:
+                digest.update(np.ascontiguousarray(values))
+        return digest.hexdigest()
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -170,6 +193,22 @@ class TokenizedDataset(torch.utils.data.Dataset):
         if self._labels is not None:
             item["labels"] = self._labels[index].item()
         return item
+
+
+def sha256_of_sets(datasets: Mapping[str, TokenizedDataset]) -> str:
+    """One hash of the sets that a run trains, selects and evaluates on."""
+    digest = hashlib.sha256()
+    for name, dataset in datasets.items():
+        if dataset.labels is not None:  # not those to predict
+            digest.update(f"{name} {dataset.sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def balanced_weights(labels: np.ndarray, classes: int) -> torch.Tensor:
+    """(classes,) weights N / (classes * examples of the class), 0 for a class without examples."""
+    counts = np.bincount(labels, minlength=classes)
+    weights = np.where(counts > 0, len(labels) / (classes * np.maximum(counts, 1)), 0.0)
+    return torch.tensor(weights, dtype=torch.float32)
 
 
 def tokenize(examples: Examples, tokenizer, max_length: int, pad_to_max_length: bool = False) -> TokenizedDataset:
@@ -230,7 +269,27 @@ def _with_labels_of(task: Task, path: Path) -> Task:
         words.add(word)
     if len(words) < 2:
         raise UserError(f"{path}: only one label, {words.pop()!r}; a classification needs at least two")
-    return dataclasses.replace(task, labels=tuple(sorted(words)))
+    alike: dict[str, list[str]] = {}
+    for word in sorted(words):
+        alike.setdefault(" ".join(word.lower().split()), []).append(word)
+    for same in alike.values():
+        if len(same) > 1:
+            listed = ", ".join(map(repr, same))
+            print(f"warning: {path}: {listed} are labels of their own; do they mean the same class?", flush=True)
+    return dataclasses.replace(task, labels=tuple(sorted(words, key=_label_order(words))))
+
+
+def _label_order(words: set[str]) -> Callable[[str], Any]:
+    """Whole numbers count as such: as text, 10 would come before 2, and a model's twelve classes be mixed up."""
+    if all(re.fullmatch(r"[+-]?[0-9]{1,18}", word) for word in words):
+        return lambda word: (int(word), word)
+    return lambda word: word
+
+
+def classes_in_words(task: Task) -> str:
+    """The class list for the log: how many, and the first few in their order."""
+    shown = ", ".join(task.labels[:8]) + (", ..." if len(task.labels) > 8 else "")
+    return f"{len(task.labels)} classes: {shown}"
 
 
 def _from_file(task: Task, path: Path, set_name: str) -> Examples:
@@ -266,4 +325,8 @@ def _from_hub(task: Task, set_name: str, cache_dir: str | Path | None) -> Exampl
     labels = None
     if set_name not in task.test_sets:
         labels = np.asarray(table["label"][:], dtype=np.float64 if task.regression else np.int64)
+        valid = np.isfinite(labels) if task.regression else (labels >= 0) & (labels < len(task.labels))
+        if not valid.all():
+            bad = int(np.argmin(valid))
+            raise UserError(f"{HUB_DATASET} {task.hub_config}, {set_name} row {bad}: {labels[bad]} is no label")
     return Examples(task, texts, labels)

@@ -4,6 +4,7 @@ Defined on degenerate input: a correlation (Matthews, Pearson, Spearman) with a 
 is 0.0.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -28,16 +29,18 @@ def _accuracy_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float
 
 def _accuracy_macro_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     f1 = f1_score(labels, predictions, average="macro", zero_division=0)
-    return {**_accuracy(predictions, labels), "f1": f1}
+    recalls = [(predictions[labels == label] == label).mean() for label in np.unique(labels)]
+    return {**_accuracy(predictions, labels), "f1": f1, "balanced_accuracy": np.mean(recalls)}
 
 
 def _correlation(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return {"pearson": 0.0, "spearman": 0.0}
-    return {
-        "pearson": pearsonr(labels, predictions).statistic,
-        "spearman": spearmanr(labels, predictions).statistic,
-    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that are all but constant, or one example
+        found = {"pearson": pearsonr, "spearman": spearmanr}
+        values = {name: function(labels, predictions).statistic for name, function in found.items()}
+    return {name: value if np.isfinite(value) else 0.0 for name, value in values.items()}
 
 
 METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]] = MappingProxyType(
@@ -81,8 +84,8 @@ def compute(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, flo
         labels: (N,) class numbers, or scores for regression.
 
     Returns:
-        Keys `accuracy`, `f1` (of class 1; the mean over the classes for a custom task), `mcc`, `pearson`, `spearman`,
-        as far as the task has them.
+        Keys `accuracy`, `f1` (of class 1; the mean over the classes for a custom task), `balanced_accuracy` (the mean
+        recall of the classes), `mcc`, `pearson`, `spearman`, as far as the task has them.
 
     Raises:
         ValueError: shapes that do not fit, or no examples.

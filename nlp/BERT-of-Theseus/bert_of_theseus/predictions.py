@@ -40,3 +40,18 @@ def write_predictions(task: Task, folder: str | Path, logits: np.ndarray, set_na
     lines = [f"{index}\t{word}\n" for index, word in enumerate(words)]
     write_text(path, "".join(["index\tprediction\n", *lines]))
     return path
+
+
+def write_probabilities(task: Task, folder: str | Path, logits: np.ndarray, set_name: str = "test") -> Path:
+    """Write one line an example, its index and the probability of every class, beside the file of predictions.
+
+    A file of its own, as the GLUE server takes none with more columns; see `write_predictions`.
+    """
+    decide(task, logits)  # refuses what is not finite
+    logits = np.asarray(logits, dtype=np.float64)
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    rows = exponentials / exponentials.sum(axis=1, keepdims=True)
+    path = Path(folder) / task.predictions[set_name].replace(".tsv", ".probabilities.tsv")
+    lines = ["\t".join([str(index), *(f"{value:.6f}" for value in row)]) + "\n" for index, row in enumerate(rows)]
+    write_text(path, "".join(["\t".join(["index", *task.labels]) + "\n", *lines]))
+    return path

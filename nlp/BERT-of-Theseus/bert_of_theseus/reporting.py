@@ -1,7 +1,11 @@
 """Metrics of evaluations by set and name, in words, and in the model card."""
 
+import shlex
 from pathlib import Path
 
+import numpy as np
+
+from bert_of_theseus.metrics import compute
 from bert_of_theseus.tasks import Task
 
 
@@ -28,6 +32,48 @@ def method_in_words(args, layers: int) -> str:
     return words + (
         f" + DSKD ({args.basis}, lambda {args.lambda_size:g}, rank {args.rank_size})" if args.if_svd else ""
     )
+
+
+def layer_map(layers: int, count: int, start: str) -> str:
+    """Which layers of the predecessor every layer of the student stands for, and starts as."""
+    if layers % count:
+        return f"layers: the student's {count} start as the predecessor's first {count} of {layers}"
+    size = layers // count
+    groups = [f"{i * size}" + (f"-{(i + 1) * size - 1}" if size > 1 else "") for i in range(count)]
+    stands = ", ".join(f"{i} for {group}" for i, group in enumerate(groups))
+    first = [(i + 1) * size - 1 if start == "paired" else i for i in range(count)]
+    return f"layers (student for predecessor): {stands}; the student starts as {', '.join(map(str, first))}"
+
+
+def majority_metric(task: Task, datasets: dict) -> float:
+    """What the task's metric is where every dev example gets the training set's most frequent class, or mean score."""
+    labels, train = datasets[task.dev_sets[0]].labels, datasets["train"].labels
+    if task.regression:
+        logits = np.full((len(labels), 1), np.mean(train))
+    else:
+        logits = np.tile(np.bincount(train, minlength=task.num_outputs), (len(labels), 1))
+    return compute(task, logits, labels)[task.primary]
+
+
+def summary(metric: str, rows: list[tuple]) -> str:
+    """The table at the end of a run; rows: (what, value of the metric or None, parameters or "", ms or "")."""
+    lines = [f"{'':<14}{metric:>20}{'parameters':>14}{'ms/example':>12}"]
+    for what, value, parameters, milliseconds in rows:
+        shown = "" if value is None else f"{value:.4f}"
+        size = f"{parameters / 1e6:.2f} M" if parameters != "" else ""
+        speed = f"{milliseconds:.1f}" if milliseconds != "" else ""
+        lines.append(f"{what:<14}{shown:>20}{size:>14}{speed:>12}".rstrip())
+    return "\n".join(lines)
+
+
+def next_steps(folder: Path) -> str:
+    """What can be done with a finished run."""
+    student = folder / "student"
+    lines = [f"the student is a plain transformers checkpoint: {student}"]
+    lines.append(f"report:  python scripts/report.py {shlex.quote(str(folder))}")
+    lines.append(f"load:    AutoModelForSequenceClassification.from_pretrained({str(student)!r})")
+    lines.append(f"predict: this program with --model_name_or_path {shlex.quote(str(student))} --do_predict")
+    return "\n".join(lines)
 
 
 def _name(model: str) -> str:

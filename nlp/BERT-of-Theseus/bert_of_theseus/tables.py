@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from common.run.errors import UserError
 
+LARGEST_SCORE = 1e18  # a loss squares it
+
 
 class Row(NamedTuple):
     """One data row: the number of its (first) line, counted from 1, and the values of the columns asked for."""
@@ -74,6 +76,11 @@ def parse_score(path: str | Path, line: int, word: str) -> float:
         score = math.nan
     if not math.isfinite(score):
         raise UserError(f"{path} line {line}: score {word!r} is not a finite number")
+    if abs(score) > LARGEST_SCORE:
+        raise UserError(
+            f"{path} line {line}: score {word} is beyond {LARGEST_SCORE:g}, whose square float32 does not hold; "
+            "write the scores in another unit"
+        )
     return score
 
 

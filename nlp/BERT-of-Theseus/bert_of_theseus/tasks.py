@@ -32,6 +32,7 @@ class Task:
         predictions: test set -> file name that the server accepts.
         regression: labels are scores.
         score_range: (lowest, highest) score that the server accepts; None for no limits.
+        words: what the hub calls labels that the files write as numbers, in their order; models use these names.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Task:
     broken_rows: tuple[str, ...] = ()
     regression: bool = False
     score_range: tuple[float, float] | None = None
+    words: tuple[str, ...] = ()
 
     @property
     def num_outputs(self) -> int:
@@ -94,9 +96,27 @@ _COLA_FILES = {"train": ("source", "label", "mark", "sentence"), "dev": ("source
 _MNLI_PREDICTIONS = {"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"}
 
 TASKS: tuple[Task, ...] = (
-    _glue("CoLA", ("sentence",), "label", _BINARY, "matthews", "mcc", headerless=_COLA_FILES),
-    _glue("SST-2", ("sentence",), "label", _BINARY, "accuracy", "accuracy"),
-    _glue("MRPC", ("#1 String", "#2 String"), "Quality", _BINARY, "accuracy_f1", "f1", hub_text_columns=_PAIR),
+    _glue(
+        "CoLA",
+        ("sentence",),
+        "label",
+        _BINARY,
+        "matthews",
+        "mcc",
+        headerless=_COLA_FILES,
+        words=("unacceptable", "acceptable"),
+    ),
+    _glue("SST-2", ("sentence",), "label", _BINARY, "accuracy", "accuracy", words=("negative", "positive")),
+    _glue(
+        "MRPC",
+        ("#1 String", "#2 String"),
+        "Quality",
+        _BINARY,
+        "accuracy_f1",
+        "f1",
+        hub_text_columns=_PAIR,
+        words=("not_equivalent", "equivalent"),
+    ),
     _glue("STS-B", _PAIR, "score", (), "correlation", "pearson", regression=True, score_range=(0.0, 5.0)),
     _glue(
         "QQP",
@@ -105,6 +125,7 @@ TASKS: tuple[Task, ...] = (
         _BINARY,
         "accuracy_f1",
         "accuracy",
+        words=("not_duplicate", "duplicate"),
         broken_rows=("train",),  # github.com/nyu-mll/GLUE-baselines/issues/5
     ),
     _glue(
@@ -120,7 +141,7 @@ TASKS: tuple[Task, ...] = (
     ),
     _glue("QNLI", ("question", "sentence"), "label", ("entailment", "not_entailment"), "accuracy", "accuracy"),
     _glue("RTE", _PAIR, "label", ("entailment", "not_entailment"), "accuracy", "accuracy"),
-    _glue("WNLI", _PAIR, "label", _BINARY, "accuracy", "accuracy"),
+    _glue("WNLI", _PAIR, "label", _BINARY, "accuracy", "accuracy", words=("not_entailment", "entailment")),
 )
 
 _BY_KEY = {task.hub_config: task for task in TASKS}
@@ -141,7 +162,7 @@ def get_task(name: str) -> Task:
 def custom_task(text_columns: Sequence[str], label_column: str, regression: bool = False) -> Task:
     """A task on files of the user's own: classification (accuracy, macro F1) or regression (Pearson, Spearman).
 
-    Its labels are still empty: `load_task_data` takes the sorted ones of the training file.
+    Its labels are still empty: `load_task_data` takes those of the training file, in their order.
 
     Args:
         text_columns: one column, or two for pairs of texts.

@@ -1,6 +1,8 @@
 """The transformers Trainer with the DSKD loss added; callbacks that follow the optimizer and keep the record."""
 
 import copy
+import hashlib
+import math
 import os
 import re
 import shutil
@@ -8,19 +10,33 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
-from bert_of_theseus.metrics import compute
+from bert_of_theseus.metrics import compute, decide
 from bert_of_theseus.modeling import TheseusModel
 from bert_of_theseus.sampling import LengthGrouped
 from bert_of_theseus.tasks import Task
 from common.run.choices import ChoiceLog
-from common.run.errors import UserError, user_errors
-from common.run.files import write_aside
+from common.run.disk import writing
+from common.run.errors import UserError
+from common.run.files import name_aside, readable, write_aside
+from common.run.manifest import MANIFEST, last_whole, write_manifest
+from common.run.reading import read_tensors, reading
 from common.run.record import RunRecord, check_circumstances
+from common.run.stopping import Request
 from common.svd_loss import DirectionSensitivityLoss
 from dskd.attach import Attachment
 
@@ -32,8 +48,19 @@ if hasattr(TrainingArguments, "train_sampling_strategy"):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last complete checkpoint in an output folder; `METHOD_STATE` is written when all else of it has been."""
-    return next((path for path in reversed(_checkpoints(folder)) if (path / METHOD_STATE).exists()), None)
+    """The last whole checkpoint in an output folder, by the manifests that are written when all else has been."""
+    return find_checkpoint(folder)[0]
+
+
+def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """(the last whole checkpoint, what is to be said of those passed over).
+
+    Raises:
+        UserError: none of the checkpoints is whole any more.
+    """
+    manifests = [path / MANIFEST for path in reversed(_checkpoints(folder))]
+    found, passed = last_whole(manifests, "--overwrite_output_dir")
+    return found and found.parent, passed
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -54,8 +81,9 @@ class DistillationTrainer(Trainer):
         super().__init__(**trainer_arguments)
         self.model_accepts_loss_kwargs = False  # losses are means over the batch: divide them when accumulating
         self.dskd, self.lambda_size = dskd, lambda_size
-        self.totals = {"examples": 0, "seconds": 0.0, "evaluation_seconds": 0.0}  # over all sessions of a resumed run
-        self._sums: dict[str, torch.Tensor] = {}
+        # over all sessions of a resumed run
+        self.totals = {"examples": 0, "seconds": 0.0, "evaluation_seconds": 0.0, "loss": 0.0, "batches": 0}
+        self._sums: dict[str, torch.Tensor] = {}  # since the last log line
         self._summed = 0
         self._last_logged: tuple[int, float] | None = None  # examples, seconds without evaluations
 
@@ -70,6 +98,7 @@ class DistillationTrainer(Trainer):
                 alignment = self.dskd()
                 loss = loss + self.lambda_size * alignment
                 parts["dskd_loss"] = alignment.detach()
+            parts["loss"] = loss.detach()
             for name, value in parts.items():  # summed on the device, read when logged
                 self._sums[name] = self._sums.get(name, 0) + value
             self._summed += 1
@@ -78,8 +107,11 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self._summed:
-            for name, value in self._sums.items():
-                logs[name] = (self.accelerator.reduce(value, reduction="mean") / self._summed).item()
+            # the Trainer's own sum would leave out the steps between a checkpoint and its log line after a resume
+            means = {name: value / self._summed for name, value in self._reduced_sums().items()}
+            self.totals["loss"] += means["loss"] * self._summed
+            self.totals["batches"] += self._summed
+            logs.update(means)
             self._sums, self._summed = {}, 0
             logs["examples_per_second"] = self._examples_per_second()
             if self.dskd is not None:
@@ -87,7 +119,57 @@ class DistillationTrainer(Trainer):
                 logs["effective_directions"] = sum(effective) / len(effective)
             if isinstance(self.model, TheseusModel):
                 logs["replacing_probability"] = self.model.replacing_probability
+        elif "train_loss" in logs:  # of all sessions, where the Trainer knows this one alone
+            loss = self.totals["loss"] + self._reduced_sums().get("loss", 0.0)
+            seconds = max(self.totals["seconds"], 1e-9)
+            logs["train_loss"] = loss / max(self.totals["batches"] + self._summed, 1)
+            logs["train_runtime"] = round(seconds, 4)
+            logs["train_samples_per_second"] = round(self.totals["examples"] / seconds, 3)
+            logs["train_steps_per_second"] = round(self.state.global_step / seconds, 3)
         super().log(logs, *args, **kwargs)
+        if "loss" in logs:
+            self._check_finite(logs)
+
+    def _reduced_sums(self) -> dict[str, float]:
+        """Of the losses since the last log line, the mean over the processes."""
+        return {name: self.accelerator.reduce(value, reduction="mean").item() for name, value in self._sums.items()}
+
+    def _check_finite(self, losses: dict[str, float]) -> None:
+        """Stop a run whose loss is lost, before it is saved over the last good state (FloatingPointError)."""
+        for name in ("task_loss", "dskd_loss", "loss"):  # the part that is the cause comes first
+            if not math.isfinite(losses.get(name, 0.0)):
+                raise FloatingPointError(f"the {name} at step {self.state.global_step} is {losses[name]}")
+
+    def window(self) -> dict:
+        """What was summed since the last log line, for a checkpoint to keep; all processes must call it."""
+        return {"sums": self._reduced_sums(), "summed": self._summed}
+
+    def restore_window(self, window: dict) -> None:
+        device = self.args.device
+        self._sums = {name: torch.tensor(value, device=device) for name, value in window["sums"].items()}
+        self._summed = window["summed"]
+
+    def take_up_ended(self, checkpoint: Path, patience: "PatienceCallback | None" = None) -> bool:
+        """Whether training had ended with a checkpoint; its weights and log are taken up then.
+
+        `train` would go on by a step where the end is in the midst of an epoch.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < state.max_steps and not (patience and patience.exhausted(state.log_history)):
+            return False
+        self.state = self.callback_handler.state = state
+        self._load_from_checkpoint(str(checkpoint))
+        summary = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+        self.log({**dict.fromkeys(summary, 0.0), "total_flos": state.total_flos, "train_loss": 0.0})
+        return True
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        self._check_finite(self._reduced_sums())
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise FloatingPointError(f"{name} is not finite at step {self.state.global_step}")
+        with writing(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _examples_per_second(self) -> float:
         """Since the last log line, time of evaluations left out."""
@@ -161,8 +243,13 @@ class MethodStateCallback(TrainerCallback):
     Args:
         dskd, theseus: whose state is kept, or None.
         totals: the trainer's; this adds the seconds of training.
-        circumstances: numbers that the steps depend on besides the settings, by name; a resumed run needs the same.
+        circumstances: what the steps depend on besides the settings, by name; a resumed run needs the same.
         keep: checkpoints to leave; older ones are removed when a new one is complete (None: all).
+        trainer: whose sums since the last log line are kept, or None.
+        complete: called when a checkpoint is complete.
+
+    Attributes:
+        record: the run's, whose number of log lines is kept; None on other ranks than 0.
     """
 
     def __init__(
@@ -171,11 +258,15 @@ class MethodStateCallback(TrainerCallback):
         theseus: TheseusModel | None,
         totals: dict[str, float],
         *,
-        circumstances: Mapping[str, int] | None = None,
+        circumstances: Mapping[str, int | str] | None = None,
         keep: int | None = None,
+        trainer: DistillationTrainer | None = None,
+        complete: Callable[[], None] = lambda: None,
     ):
         self.dskd, self.theseus, self.totals = dskd, theseus, totals
         self.circumstances, self.keep = dict(circumstances or {}), keep
+        self.trainer, self.complete = trainer, complete
+        self.record: RunRecord | None = None
         self._since = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **_):
@@ -186,29 +277,44 @@ class MethodStateCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **_):
         self._count_seconds()
+        window = self.trainer and self.trainer.window()
+        if dist.is_initialized():
+            dist.barrier()  # every process has written its random state
         if state.is_world_process_zero:
             saved = {
                 "dskd": self.dskd and self.dskd.state_dict(),
                 "draws": self.theseus and self.theseus.generator.get_state(),
                 "totals": self.totals,
                 "circumstances": self.circumstances,
+                "window": window,
+                "log_lines": self.record and self.record.lines,
             }
             folder = Path(args.output_dir)
-            path = folder / f"checkpoint-{state.global_step}" / METHOD_STATE
-            write_aside(path, lambda aside: torch.save(saved, aside))
+            checkpoint = folder / f"checkpoint-{state.global_step}"
+            write_aside(checkpoint / METHOD_STATE, lambda aside: torch.save(saved, aside))
+            files = [path for path in checkpoint.iterdir() if path.is_file() and path.name != MANIFEST]
+            write_manifest(checkpoint / MANIFEST, files)
+            self.complete()
             for old in _checkpoints(folder)[: -self.keep] if self.keep else ():
                 shutil.rmtree(old)
 
-    def load(self, checkpoint: Path) -> None:
-        """Continue from the state in a checkpoint folder; a UserError where circumstances have changed."""
-        saved = torch.load(checkpoint / METHOD_STATE, weights_only=True, map_location="cpu")
-        check_circumstances(checkpoint, saved.get("circumstances", {}), self.circumstances)
-        if self.dskd is not None:
-            with user_errors():
+    def load(self, checkpoint: Path) -> int | None:
+        """Continue from the state in a checkpoint folder; a UserError where circumstances have changed.
+
+        Returns the number of log lines at that time, None if the checkpoint is older than that.
+        """
+        path = checkpoint / METHOD_STATE
+        saved = read_tensors(path)
+        with reading(path, "the state of a run"):
+            check_circumstances(checkpoint, saved.get("circumstances", {}), self.circumstances)
+            if self.dskd is not None:
                 self.dskd.load_state_dict(saved["dskd"])
-        if self.theseus is not None:
-            self.theseus.generator.set_state(saved["draws"])
-        self.totals.update(saved["totals"])
+            if self.theseus is not None:
+                self.theseus.generator.set_state(saved["draws"])
+            self.totals.update(saved["totals"])
+            if self.trainer is not None and saved.get("window"):
+                self.trainer.restore_window(saved["window"])
+            return saved.get("log_lines")
 
     def _count_seconds(self) -> None:
         now = time.perf_counter()
@@ -216,14 +322,83 @@ class MethodStateCallback(TrainerCallback):
         self._since = now
 
 
-class ReplacingCallback(TrainerCallback):
-    """Sets the replacing probability at the start of every step."""
+class StopCallback(TrainerCallback):
+    """Ends training after the step in which a signal came, with a checkpoint of it; on all processes alike.
 
-    def __init__(self, theseus: TheseusModel, schedule: Callable[[int], float]):
-        self.theseus, self.schedule = theseus, schedule
+    Attributes:
+        signum: of the signal that ended the training, or None.
+    """
+
+    def __init__(self, request: Request):
+        self.request = request
+        self.signum: int | None = None
+
+    def on_step_end(self, args, state, control, **_):
+        self._follow(args, control)
+
+    def on_evaluate(self, args, state, control, **_):
+        self._follow(args, control)  # it may take long, and the step is not saved yet
+
+    def _follow(self, args, control) -> None:
+        signum = self.request.signum or 0
+        if args.world_size > 1:
+            agreed = torch.tensor(signum, device=args.device)
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+            signum = int(agreed)
+        if signum:
+            self.signum = signum
+            control.should_save = control.should_training_stop = True
+
+
+class PatienceCallback(TrainerCallback):
+    """Ends training after some evaluations without a better one, with a checkpoint.
+
+    Args:
+        metric: key of the evaluation's metrics, as for `BestStudentCallback`.
+        patience: how many evaluations to wait for a better one.
+    """
+
+    def __init__(self, metric: str, patience: int):
+        self.metric, self.patience = metric, patience
+
+    def exhausted(self, history: list[dict]) -> bool:
+        """Whether the evaluations in a log were enough; the same after a resume."""
+        values = {line["step"]: line[self.metric] for line in history if self.metric in line}
+        ordered = [values[step] for step in sorted(values)]
+        return len(ordered) - 1 - ordered.index(max(ordered)) >= self.patience if ordered else False
+
+    def on_evaluate(self, args, state, control, metrics=None, **_):
+        if metrics and self.metric in metrics and self.exhausted(state.log_history):
+            control.should_save = control.should_training_stop = True
+
+
+class ReplacingCallback(TrainerCallback):
+    """Sets the replacing probability at the start of every step.
+
+    Args:
+        theseus: whose probability it is.
+        schedule: optimizer steps done -> probability.
+        plan: instead of it, all steps of the training -> schedule.
+    """
+
+    def __init__(
+        self,
+        theseus: TheseusModel,
+        schedule: Callable[[int], float] | None = None,
+        plan: Callable[[int], Callable[[int], float]] | None = None,
+    ):
+        self.theseus, self.schedule, self.plan = theseus, schedule, plan
+
+    def on_train_begin(self, args, state, control, **_):
+        if self.plan is not None:
+            self.schedule = self.plan(state.max_steps)
 
     def on_step_begin(self, args, state, control, **_):
         self.theseus.replacing_probability = self.schedule(state.global_step)
+
+    def last(self, state: TrainerState) -> float:
+        """The probability in the last step."""
+        return (self.schedule or self.plan(state.max_steps))(max(state.global_step - 1, 0))
 
 
 class RecordCallback(TrainerCallback):
@@ -309,8 +484,16 @@ def collator(tokenizer) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
 
 
 def metrics_function(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
-    """`compute_metrics` of the Trainer for a task."""
-    return lambda prediction: compute(task, first_output(prediction.predictions), prediction.label_ids)
+    """`compute_metrics` of the Trainer for a task; its `classes` is the number that the last set was predicted as."""
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        logits = first_output(prediction.predictions)
+        found = compute(task, logits, prediction.label_ids)
+        metrics.classes = None if task.regression else len(np.unique(decide(task, logits)))
+        return found
+
+    metrics.classes = None
+    return metrics
 
 
 def first_output(predictions):
@@ -333,10 +516,49 @@ def save_student(student: nn.Module, tokenizer, folder: Path, card: str) -> None
     """
     if not all(parameter.isfinite().all() for parameter in student.parameters()):
         raise FloatingPointError(f"the weights of {folder.name} are not finite")
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    copy.deepcopy(student).to("cpu", torch.float32).save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    (aside / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    aside, gone = name_aside(folder), name_aside(folder.with_name(f"{folder.name}.old"))
+    for path in (aside, gone):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        with writing(folder):
+            copy.deepcopy(student).to("cpu", torch.float32).save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            (aside / "README.md").write_text(card, encoding="utf-8")
+        readable(aside)
+        if folder.exists():
+            os.replace(folder, gone)
+        os.replace(aside, folder)
+    finally:
+        for path in (aside, gone):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def weigh_classes(model: nn.Module, weights: torch.Tensor) -> None:
+    """Weigh the cross-entropy of a transformers model's classes while it trains; evaluation's loss stays as it is.
+
+    weights: (classes,).
+    """
+
+    def weigh(module: nn.Module, _, inputs: dict, output):
+        if module.training and inputs.get("labels") is not None:
+            logits, labels = output["logits"].float(), inputs["labels"]
+            output["loss"] = F.cross_entropy(logits, labels, weights.to(logits.device))
+        return output
+
+    model.register_forward_hook(weigh, with_kwargs=True)
+
+
+def state_bytes(model: nn.Module) -> int:
+    """The size of a checkpoint: what trains, its two moments in AdamW, and an exported student."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return 4 * (3 * trained + sum(parameter.numel() for parameter in model.parameters()))
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """The hash of a model's weights, for a checkpoint to be told from one of another predecessor."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        value = value.detach().cpu().contiguous()
+        digest.update(value.view(torch.uint8).numpy() if value.dim() else str(value).encode())
+    return digest.hexdigest()
