@@ -9,10 +9,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from common.matrices import as_matrix
 from common.run.errors import Parser, UserError, run_cli
 from common.run.files import check_writable, write_text
 from common.torchvision_repair import repair_torchvision
+from dskd.matrices import as_matrix
 from scripts.lib.report.load import load_run
 from scripts.lib.report.networks import Pairs, has_networks, weight_pairs
 

@@ -109,9 +109,9 @@ def memory(monkeypatch):
 
 
 @pytest.fixture
-def patience(monkeypatch):
+def endurance(monkeypatch):
     """An argument of the loss that there is none of yet."""
-    one = Setting("patience", "--patience", "PATIENCE", 3, 3, Number(int, 1), "steps to wait", part="loss")
+    one = Setting("endurance", "--endurance", "ENDURANCE", 3, 3, Number(int, 1), "steps to wait", part="loss")
     for module in (common.settings, common.svd_loss, cv.config, bert_of_theseus.arguments, bert_of_theseus.pipeline):
         monkeypatch.setattr(module, "SETTINGS", (*SETTINGS, one))
     return one
@@ -168,12 +168,12 @@ def test_a_new_setting_is_found_in_a_record_of_either_program():
     assert by_name({"memory": 0.5})["memory"] == by_name({"MEMORY": 0.5})["memory"] == 0.5
 
 
-@pytest.mark.usefixtures("patience")
+@pytest.mark.usefixtures("endurance")
 def test_a_new_setting_of_the_loss_is_handed_to_it(monkeypatch):
     handed = {}
     monkeypatch.setattr(common.svd_loss, "DirectionSensitivityLoss", lambda pairs, reading, **how: handed.update(how))
-    build_loss(pairs(), of_keys(load_config(BASE, ["DSKD.PATIENCE", "7"]).DSKD), 1)
-    assert handed == {"svd_steps": 100, "grad_steps": 2, "drift": 0.0003, "patience": 7}
+    build_loss(pairs(), of_keys(load_config(BASE, ["DSKD.ENDURANCE", "7"]).DSKD), 1)
+    assert handed == {"svd_steps": 100, "grad_steps": 2, "drift": 0.0003, "endurance": 7}
 
 
 # The table of the documentation

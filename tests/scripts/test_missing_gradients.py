@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_nlp_modeling import batch, choose, theseus
+from theseus_fixtures import batch, choose, theseus
 
 from bert_of_theseus import modeling
 from common import ROOT

@@ -18,9 +18,9 @@ from nlp_fixtures import execute, flags, tiny, weights_of  # noqa: F401
 from common.run.choices import ChoiceLog
 from common.run.errors import UserError
 from common.run.record import RunRecord
-from common.svd_loss import DirectionSensitivityLoss
 from cv.config import as_dict
 from cv.trainer import train
+from dskd import Curvature, DirectionSensitivityLoss, Own
 from scripts import report as script
 from scripts.lib.report import plots
 from scripts.lib.report.heatmaps import overlaps, thinned
@@ -119,7 +119,7 @@ def elements(page: str) -> list[tuple[str, dict]]:
 def followed(tmp_path):
     """A loss with one pair, its record, and a function that takes a step with a given update and gradient."""
     student, teacher = torch.nn.Parameter(torch.eye(3)), 2 * torch.eye(3)
-    dskd = DirectionSensitivityLoss([("layer", student, teacher)], rank=2, svd_steps=2)
+    dskd = DirectionSensitivityLoss([("layer", student, teacher)], Own(rank=2), svd_steps=2)
     record = ChoiceLog(tmp_path, dskd, [("layer", student, teacher)])
 
     def step(update: torch.Tensor, grad: torch.Tensor) -> None:
@@ -146,7 +146,7 @@ def test_a_choice_is_a_line_with_the_weights_above_zero_and_the_distance(followe
 @pytest.mark.parametrize(("svd_steps", "written"), [(1, [1, 21, 41]), (8, [8, 24, 48]), (20, [20, 40]), (25, [25, 50])])
 def test_of_a_curvature_that_is_renewed_often_one_in_20_steps_is_written(tmp_path, svd_steps, written):
     student, teacher = torch.nn.Parameter(torch.eye(3)), 2 * torch.eye(3)
-    dskd = DirectionSensitivityLoss([("layer", student, teacher)], 0, svd_steps, basis="curvature")
+    dskd = DirectionSensitivityLoss([("layer", student, teacher)], Curvature(), svd_steps)
     record = ChoiceLog(tmp_path, dskd, [("layer", student, teacher)])
     for step in range(50):
         student.grad = torch.full((3, 3), step + 1.0)
