@@ -465,6 +465,8 @@ def _announce(cfg: CfgNode, data: DataSets, distiller: Distiller, pairs: Pairs, 
         f"{data.train.num_classes} classes\n{cfg.DISTILLER.STUDENT}{teacher} by {cfg.DISTILLER.TYPE}",
         flush=True,
     )
+    for note in (*data.notes, *distiller.notes):
+        print(f"note: {note}", flush=True)
     if cfg.DSKD.ENABLED:
         names = layer_map(distiller.student, distiller.teacher, cfg.DSKD)
         kept = {name for name, _, _ in pairs}

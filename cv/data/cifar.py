@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -71,11 +73,17 @@ def read_cifar(
         with _alone_in(root):
             train = torchvision_class(root, train=True, download=not pickles.is_dir())
         test = torchvision_class(root, train=False)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, EOFError, tarfile.TarError, zlib.error) as error:
         if pickles.is_dir():
             raise UserError(
                 f"{pickles}: a file is absent or its checksum is not the official one; remove the folder to have it "
                 f"downloaded again ({error})"
+            ) from error
+        archive = root / torchvision_class.filename
+        if archive.is_file() and not datasets.utils.check_integrity(str(archive), torchvision_class.tgz_md5):
+            raise UserError(
+                f"{archive}: broken, as its checksum is not the official one ({archive.stat().st_size} bytes are "
+                f"there); remove it to have it downloaded, or put the whole file in its place ({error})"
             ) from error
         raise UserError(
             f"{variant.name}: not found and not downloadable ({error}); fill {root} with {pickles.name}/ (the official "
