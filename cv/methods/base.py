@@ -37,6 +37,7 @@ class Distiller(nn.Module, ABC):
 
     needs_teacher = True
     compares_classes = True  # the loss compares the two networks class by class
+    notes: tuple[str, ...] = ()  # lines for the user, of what this method does on this data set
 
     def __init__(
         self,

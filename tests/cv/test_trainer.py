@@ -221,9 +221,11 @@ def test_methods_are_told_the_epoch(tmp_path, teacher, monkeypatch):
 
 def test_dskd_is_told_the_share_of_the_planned_steps(tmp_path, teacher, monkeypatch):
     told = []
-    observe = DirectionSensitivityLoss.observe
+    begin = DirectionSensitivityLoss.begin_step
     monkeypatch.setattr(
-        DirectionSensitivityLoss, "observe", lambda self, progress: told.append(progress) or observe(self, progress)
+        DirectionSensitivityLoss,
+        "begin_step",
+        lambda self, progress, *skip: told.append(progress) or begin(self, progress, *skip),
     )
     short_run(tmp_path, teacher, "SOLVER.EPOCHS 2 DSKD.ENABLED true")
     assert told == [step / 8 for step in range(8)]
@@ -809,3 +811,20 @@ def test_memory_layout_is_as_asked_for(tmp_path, teacher, monkeypatch):
         layouts.clear()
         short_run(tmp_path / asked, teacher, f"SOLVER.CHANNELS_LAST {asked}")
         assert layouts == [[asked == "true"] * 2] * 4
+
+
+def test_dkd_on_two_classes_says_once_that_a_part_is_zero(tmp_path, capsys):
+    from cv.data.augment import Augment
+    from cv.data.image_set import DataSets
+
+    images = torch.randint(256, (32, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    two = ImageSet(images, torch.arange(32) % 2, 2)
+    data = DataSets(two, two, None, (0.5,) * 3, (0.25,) * 3, Augment(1, flip=False), ("2 files left out",))
+    folder = save_teacher(tmp_path / "teacher", num_classes=2)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(cv.trainer, "load_dataset", lambda *_, **__: data)
+        run = short_run(tmp_path / "run", folder, "DISTILLER.TYPE dkd SOLVER.EPOCHS 2")
+    assert set(column(run, "loss_nckd")) == {0.0}
+    printed = capsys.readouterr().out
+    assert printed.count("note: DKD on two classes: beside the target there is one class, so that") == 1
+    assert "note: 2 files left out\n" in printed
