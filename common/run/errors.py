@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -41,22 +42,39 @@ _formatwarning = warnings.formatwarning
 def run_cli(main: Callable[[], None]) -> None:
     """Run a command-line entry point; a `UserError` becomes `error: ...` on stderr and exit code 2.
 
-    So does a path that is too long for the system. Warnings of the method are one line, too.
+    So do a path that is too long for the system and a disk that is full. Warnings of the method are one line, too.
+    SIGTERM and Ctrl-C end with one line and exit codes 143 and 130.
     """
+    from common.run.disk import is_full, place
+    from common.run.stopping import Stopped, end_at_once, handled, resume_command
+
     warnings.formatwarning = _one_line
+    ours = [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else []  # or the script's own
     try:
-        main()
+        with handled(end_at_once, ours):
+            main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        if not is_full(error.__cause__):
+            _refuse(str(error))
+        _refuse(f"disk full: {error}")
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
         sys.exit(1)
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
-        sys.exit(2)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            _refuse(f"{error.strerror}: {error.filename}")
+        if not is_full(error):
+            raise
+        where = f": {place(error)} cannot be written" if place(error) else ""
+        _refuse(f"disk full{where}; make room, then go on with: {resume_command()}")
+
+
+def _refuse(message: str):
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

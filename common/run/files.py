@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +15,24 @@ from common.run.errors import UserError
 def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     """Call `write(temporary path)` in the folder of `path`, then rename the result to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = name_aside(path)
     try:
         write(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def name_aside(path: Path) -> Path:
+    """Where this process writes what is to become `path`; `remove_leftovers` knows the name."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs were writing in a folder or one below it; call it with the folder locked (lock.py)."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 import platform
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -39,17 +38,26 @@ class RunRecord:
         folder: the run's output folder.
         config: the resolved settings, JSON-serialisable.
         resume_step: on resuming, the step of the checkpoint; log lines of later steps are dropped, they come again.
+        resume_lines: the number of log lines when the checkpoint was written (`lines`), if it is known; lines after it
+            are dropped, whatever their step.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], resume_step: int | None = None):
+    def __init__(
+        self, folder: Path, config: dict[str, Any], resume_step: int | None = None, resume_lines: int | None = None
+    ):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._metrics = StepLog(folder / "metrics.jsonl", resume_step)
+        self._metrics = StepLog(folder / "metrics.jsonl", resume_step, resume_lines)
         write_json(folder / "config.json", config)
 
     def log(self, step: int, **values: Any) -> None:
         """Append one line; numbers that are not finite are written as strings, so that every line is valid JSON."""
         self._metrics.append(step, **values)
+
+    @property
+    def lines(self) -> int:
+        """The lines of the log so far, for a checkpoint to keep."""
+        return self._metrics.lines
 
     def finish(self, **result: Any) -> dict[str, Any]:
         """Write `result.json`: the given fields, then where, with what and by which command they were measured."""
@@ -73,6 +81,10 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     if (status := Path("/proc/self/status")).exists():  # Linux, whose ru_maxrss counts the launching process, too
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
