@@ -9,12 +9,12 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from common.run.errors import UserError
 from common.run.files import write_aside, write_text
+from common.run.reading import read_json, read_safetensors
 from cv.models import Network, build_model
 
 NEEDED = ("architecture", "num_classes", "in_channels")
@@ -73,12 +73,7 @@ def load_model(path: str | Path) -> tuple[Network, dict[str, Any]]:
         if not file.is_file():
             raise UserError(f"{file}: no such file; a saved network is a model.json with a model.safetensors beside it")
     info = _read_description(description)
-    try:
-        state = load_file(weights)
-    except SafetensorError as error:
-        raise UserError(f"{weights}: not a safetensors file: {error}") from None
-    except OSError as error:
-        raise UserError(f"{weights} cannot be read: {error.strerror or error}") from None
+    state = read_safetensors(weights)
     try:
         expected = _expected_shapes(info)
     except UserError as error:
@@ -105,21 +100,16 @@ def _refuse_pickles(path: Path, description: Path) -> None:
 
 
 def _read_description(file: Path) -> dict[str, Any]:
-    try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # malformed JSON, not UTF-8, or nested thousands deep
-        raise UserError(f"{file}: not a JSON file: {error}") from None
+    info = read_json(file)
     for key in NEEDED:
-        if not isinstance(info, dict) or key not in info:
+        if key not in info:
             raise UserError(f"{file}: key {key!r} is missing; needed are {', '.join(NEEDED)}")
     for key, kind, expected in DESCRIBED:
         if info.get(key) is not None and (not isinstance(info[key], kind) or isinstance(info[key], bool)):
             raise UserError(f"{file}: {key} is {shorten(repr(info[key]), 80)}; expected {expected}")
     for key in ("num_classes", "in_channels"):
         if not 1 <= info[key] <= LARGEST:
-            raise UserError(f"{file}: {key} is {shorten(str(info[key]), 80)}; expected 1 to {LARGEST}")
+            raise UserError(f"{file}: {key} is {info[key]}; expected 1 to {LARGEST}")
     return info
 
 
