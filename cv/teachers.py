@@ -3,7 +3,7 @@
 import hashlib
 import shlex
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from yacs.config import CfgNode
 
@@ -15,11 +15,18 @@ from cv.models import Network, build_model
 
 
 class Teacher(NamedTuple):
-    """A trained teacher in eval mode, the SHA-256 of its weights' file, and a line with its folder and accuracy."""
+    """A trained teacher in eval mode.
+
+    Attributes:
+        sha256: of its weights' file.
+        line: its folder and accuracy.
+        notes: what the user should know of it.
+    """
 
     network: Network
     sha256: str
     line: str
+    notes: tuple[str, ...] = ()
 
 
 def find_teacher(cfg: CfgNode) -> Path:
@@ -60,12 +67,18 @@ def weights_hash(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
-def load_teacher(cfg: CfgNode, num_classes: int, in_channels: int) -> Teacher:
+def load_teacher(
+    cfg: CfgNode, num_classes: int, in_channels: int, classes: list[str] | None = None, *, by_class: bool = False
+) -> Teacher:
     """The trained teacher of a run.
 
+    Args:
+        classes: names of the data set's classes, if they are known.
+        by_class: whether the method compares the two networks class by class.
+
     Raises:
-        UserError: no name, no checkpoint, another architecture or number of classes than asked for, or one that has
-            seen the images that this run holds out.
+        UserError: no name, no checkpoint, another architecture or number of classes than asked for, other classes
+            where they are compared, or one that has seen the images that this run holds out.
     """
     name = cfg.DISTILLER.TEACHER
     if not name:
@@ -88,4 +101,25 @@ def load_teacher(cfg: CfgNode, num_classes: int, in_channels: int) -> Teacher:
         )
     accuracy = f", top-1 {info['accuracy']:.2f}" if info.get("accuracy") is not None else ""
     accuracy += " on held-out images" if accuracy and left_out else ""
-    return Teacher(teacher, weights_hash(folder), f"{name} of {folder}{accuracy}")
+    notes = _data_notes(cfg, folder, info, classes, by_class)
+    return Teacher(teacher, weights_hash(folder), f"{name} of {folder}{accuracy}", notes)
+
+
+def _data_notes(
+    cfg: CfgNode, folder: Path, info: dict[str, Any], classes: list[str] | None, by_class: bool
+) -> tuple[str, ...]:
+    """Of a teacher of other data: an error where its classes are compared, a note otherwise."""
+    theirs = info.get("class_names")
+    for number, (found, expected) in enumerate(zip(theirs or (), classes or (), strict=False)):
+        if found != expected:
+            told = f"{folder}: class {number} of the teacher is {found!r}, of this data set {expected!r}"
+            if by_class:
+                raise UserError(
+                    f"{told}, and {cfg.DISTILLER.TYPE} compares the two networks class by class; train a "
+                    f"{cfg.DISTILLER.TEACHER} on this data set, and give it as DISTILLER.TEACHER_CKPT"
+                )
+            return (told,)
+    dataset = info.get("dataset") or cfg.DATASET.NAME
+    if dataset != cfg.DATASET.NAME:
+        return (f"{folder}: the teacher was trained on {dataset}, this run is on {cfg.DATASET.NAME}",)
+    return ()

@@ -197,7 +197,7 @@ def update_in_process(process, folder):
     distributed.destroy_process_group()
 
 
-def test_crd_bank_is_the_same_on_every_rank():
+def test_crd_bank_is_the_same_in_every_process():
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(update_in_process, (folder,), nprocs=2)
         states = [torch.load(Path(folder) / f"{process}.pt", weights_only=True) for process in range(2)]
