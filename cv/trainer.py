@@ -31,6 +31,7 @@ from cv.export import check_onnx_packages, export_onnx, load_model, save_model
 from cv.methods import METHODS, Distiller, build_distiller
 from cv.models import build_model
 from cv.output import CHECKPOINT, WRITTEN, RunFolder
+from cv.sync_bn import synchronise
 from cv.teachers import find_teacher, load_teacher
 from dskd.groups import Pairs
 
@@ -471,6 +472,8 @@ def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Dist
     if cfg.SOLVER.CHANNELS_LAST:
         distiller.to(memory_format=torch.channels_last)
     pairs = layer_pairs(student, teacher, cfg.DSKD) if cfg.DSKD.ENABLED else []
+    if cfg.SOLVER.SYNC_BN and accelerator.num_processes > 1:
+        synchronise(distiller)
     if cfg.SOLVER.COMPILE:
         for network in filter(None, (student, teacher)):
             network.features = torch.compile(network.features)

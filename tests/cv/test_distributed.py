@@ -153,3 +153,53 @@ def test_a_batch_size_that_the_processes_cannot_share_is_refused(processes):
         == "SOLVER.BATCH_SIZE 33 does not divide into 2 processes"
     )
     assert not (processes.folder / "refused").exists()
+
+
+# The statistics of all processes together
+
+
+def launch(words: list[str], count: int = 2) -> subprocess.CompletedProcess:
+    """The command line in several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command += [str(ROOT / "cv" / "train_svd.py"), "--cfg", "configs/demo/base.yaml", *SHORT_RUN.split(), *words]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("method", ["kd", "fitnet"])
+def test_two_processes_with_common_statistics_train_as_one(tmp_path, method):
+    teacher = save_teacher(tmp_path / "teacher")
+    settings = f"DISTILLER.TYPE {method} SOLVER.EPOCHS 2 SOLVER.LR 0.005 DISTILLER.TEACHER_CKPT {teacher}".split()
+    settings += ["DSKD.ENABLED", "true", "DSKD.SVD_STEPS", "4", "DSKD.GRAD_STEPS", "2", "OUTPUT_DIR"]
+    runs = {}
+    for name, count, sync in (("one", 1, "true"), ("synced", 2, "true"), ("apart", 2, "false")):
+        done = launch([*settings, str(tmp_path / name), "SOLVER.SYNC_BN", sync], count)
+        assert done.returncode == 0, done.stderr[-2000:]
+        runs[name] = read_run(tmp_path / name).weights
+
+    def distance(name: str) -> float:
+        """The largest of all tensors', in units of how far training has moved it or of its size."""
+        pairs = [(runs[name][key].double(), value.double()) for key, value in runs["one"].items()]
+        return max(float((ours - theirs).norm() / theirs.norm().clamp(min=1e-3)) for ours, theirs in pairs)
+
+    assert distance("synced") < 1e-4
+    assert distance("apart") > 0.05
+
+
+def test_a_users_error_is_said_once(tmp_path):
+    done = launch(["OUTPUT_DIR", str(tmp_path), "DATASET.NAME", "mnist"])
+    assert done.returncode != 0
+    assert done.stderr.count("error: DATASET.NAME 'mnist': unknown") == 1
+    assert "stopped by" not in done.stderr
+
+
+def test_an_error_that_one_process_has_is_said(monkeypatch):
+    from cv.processes import _first_to_say
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    assert [_first_to_say(message) for message in ("a", "a", "b")] == [True, False, True]
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert _first_to_say("a")
