@@ -17,7 +17,8 @@ from cv.config import defaults, leaves
 from cv.methods import Distiller
 
 # what a resumed run may change; LOG.*, too
-_FREE_ON_RESUME = ("OUTPUT_DIR", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "SOLVER.EPOCHS", "SOLVER.COMPILE")
+_FREE_ON_RESUME = ("OUTPUT_DIR", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "DISTILLER.STUDENT_CKPT", "SOLVER.EPOCHS")
+_FREE_ON_RESUME += ("SOLVER.COMPILE",)
 _RESTART = "start again with --overwrite"
 
 
@@ -107,6 +108,11 @@ def check(
             raise UserError(
                 f"--resume: {path} was written with {key} = {before[key]!r}, and {value!r} is asked for now"
             )
+    if cfg.SOLVER.SCHEDULE == "cosine" and before["SOLVER.EPOCHS"] != cfg.SOLVER.EPOCHS:
+        raise UserError(
+            f"--resume: {path} was written with SOLVER.EPOCHS = {before['SOLVER.EPOCHS']}, on which the cosine "
+            f"schedule depends, and {cfg.SOLVER.EPOCHS} is asked for now"
+        )
     check_circumstances(path, state.get("circumstances", {}), circumstances)
     if state.get("teacher_sha256", teacher_sha256) != teacher_sha256:
         raise UserError(

@@ -38,7 +38,8 @@ def defaults() -> CfgNode:
 
     cfg.DISTILLER = CfgNode()
     cfg.DISTILLER.TYPE = "vanilla"  # method: vanilla trains the student alone, see cv/methods (str)
-    cfg.DISTILLER.STUDENT = "resnet20"  # network that is trained, see cv/models (str)
+    cfg.DISTILLER.STUDENT = "resnet20"  # network that is trained, see cv/models; timm/<name>, torchvision/<name> (str)
+    cfg.DISTILLER.STUDENT_CKPT = ""  # safetensors file that a timm or torchvision student starts from (str)
     cfg.DISTILLER.TEACHER = ""  # network that is distilled; vanilla needs none without DSKD and START teacher (str)
     cfg.DISTILLER.TEACHER_CKPT = ""  # folder with its model.json and model.safetensors (str, default: found by name)
     cfg.DISTILLER.START = "random"  # the student's weights: random, or teacher: a copy of its paired blocks (str)
@@ -47,11 +48,13 @@ def defaults() -> CfgNode:
     cfg.SOLVER.BATCH_SIZE = 64  # images per optimizer step, over all processes together (int)
     cfg.SOLVER.EPOCHS = 240  # passes over the training set (int)
     cfg.SOLVER.EVAL_EPOCHS = 1  # epochs between two evaluations and checkpoints; the last epoch has both (int)
-    cfg.SOLVER.LR = 0.05  # learning rate of SGD at the start (float)
+    cfg.SOLVER.OPTIMIZER = "sgd"  # sgd or adamw (str)
+    cfg.SOLVER.LR = 0.05  # learning rate at the start (float)
+    cfg.SOLVER.SCHEDULE = "steps"  # of the rate: steps, or cosine from LR towards 0, epoch by epoch (str)
     cfg.SOLVER.LR_DECAY_STAGES = [150, 180, 210]  # epochs after which the rate is multiplied by LR_DECAY_RATE (list)
     cfg.SOLVER.LR_DECAY_RATE = 0.1  # factor of a decay (float)
     cfg.SOLVER.MOMENTUM = 0.9  # of SGD (float)
-    cfg.SOLVER.WEIGHT_DECAY = 5e-4  # of SGD, on every parameter (float)
+    cfg.SOLVER.WEIGHT_DECAY = 5e-4  # on every parameter; AdamW's is apart from the gradient (float)
     cfg.SOLVER.SEED = 1  # of initialisation, order and augmentation (int)
     cfg.SOLVER.PRECISION = "fp32"  # fp32, bf16 or fp16 (GPU only) mixed precision (str)
     cfg.SOLVER.CHANNELS_LAST = True  # NHWC memory layout of images and weights (bool)
@@ -222,6 +225,8 @@ def _validate(cfg: CfgNode, where: str) -> None:
         ("SOLVER.EPOCHS", solver.EPOCHS >= 1, "at least 1"),
         ("SOLVER.EVAL_EPOCHS", solver.EVAL_EPOCHS >= 1, "at least 1"),
         ("SOLVER.LR", solver.LR > 0, "above 0"),
+        ("SOLVER.OPTIMIZER", solver.OPTIMIZER in ("sgd", "adamw"), "sgd or adamw"),
+        ("SOLVER.SCHEDULE", solver.SCHEDULE in ("steps", "cosine"), "steps or cosine"),
         ("SOLVER.LR_DECAY_STAGES", all(type(e) is int and e > 0 for e in solver.LR_DECAY_STAGES), "whole epochs"),
         ("SOLVER.LR_DECAY_RATE", solver.LR_DECAY_RATE > 0, "above 0"),
         ("SOLVER.MOMENTUM", 0 <= solver.MOMENTUM < 1, "in [0, 1)"),

@@ -1,4 +1,4 @@
-"""Trained teachers: found by an explicit folder, or by name among the user's own and the shipped."""
+"""Trained networks: teachers, by a folder or by name among the user's own and the shipped; a student's start."""
 
 import hashlib
 import shlex
@@ -9,9 +9,10 @@ from yacs.config import CfgNode
 
 from common import ROOT
 from common.run.errors import UserError
+from common.run.reading import read_safetensors
 from cv.config import repository_path
 from cv.export import load_model
-from cv.models import Network, build_model
+from cv.models import LibraryNetwork, Network, build_model
 
 
 class Teacher(NamedTuple):
@@ -123,3 +124,32 @@ def _data_notes(
     if dataset != cfg.DATASET.NAME:
         return (f"{folder}: the teacher was trained on {dataset}, this run is on {cfg.DATASET.NAME}",)
     return ()
+
+
+def load_student(cfg: CfgNode, student: Network) -> tuple[str, ...]:
+    """Let a student of a library start from `DISTILLER.STUDENT_CKPT`, weights by the library's names; gives notes.
+
+    A classifier for other classes is left as it is.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit the network; the first difference is named.
+    """
+    if not cfg.DISTILLER.STUDENT_CKPT:
+        return ()
+    if not isinstance(student, LibraryNetwork):
+        raise UserError(
+            "DISTILLER.STUDENT_CKPT is for students of timm and torchvision; see DISTILLER.START for others"
+        )
+    file, name = repository_path(cfg.DISTILLER.STUDENT_CKPT), cfg.DISTILLER.STUDENT
+    found, expected = read_safetensors(file), student.net.state_dict()
+    head = [key for key in expected if key.startswith(student.classifier_name)]
+    left = [key for key in head if key in found and found[key].shape != expected[key].shape]
+    for key in [*expected, *found]:
+        ours, theirs = (tuple(each[key].shape) if key in each else "absent" for each in (expected, found))
+        if ours != theirs and key not in left:
+            raise UserError(
+                f"DISTILLER.STUDENT_CKPT {file} is not a {name}: {key} is {theirs} in it, {ours} in the network"
+            )
+    student.net.load_state_dict({**found, **{key: expected[key] for key in left}})
+    begins = f"{name} starts from {file}"
+    return (f"{begins}, its classifier from random weights, as the classes are others" if left else begins,)

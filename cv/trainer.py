@@ -1,6 +1,7 @@
 """One run from data to result: train a student by a method and DSKD, evaluate, checkpoint, export."""
 
 import importlib.util
+import math
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,7 +33,7 @@ from cv.methods import METHODS, Distiller, build_distiller
 from cv.models import build_model
 from cv.output import CHECKPOINT, WRITTEN, RunFolder
 from cv.sync_bn import synchronise
-from cv.teachers import find_teacher, load_teacher
+from cv.teachers import find_teacher, load_student, load_teacher
 from dskd.groups import Pairs
 
 EVALUATION_BATCH = 500
@@ -127,7 +128,9 @@ def evaluate(model: nn.Module, loader: EpochLoader) -> dict[str, float]:
 
 
 def learning_rate(solver: CfgNode, epoch: int) -> float:
-    """Rate in an epoch (from 1): LR times LR_DECAY_RATE for every stage that lies behind it."""
+    """Rate in an epoch (from 1): LR times LR_DECAY_RATE for every stage behind it, or on a cosine from LR towards 0."""
+    if solver.SCHEDULE == "cosine":
+        return solver.LR * (1 + math.cos(math.pi * (epoch - 1) / solver.EPOCHS)) / 2
     return solver.LR * solver.LR_DECAY_RATE ** sum(epoch > stage for stage in solver.LR_DECAY_STAGES)
 
 
@@ -181,12 +184,11 @@ class _Run:
             **common,
         )
         self.test_loader = EpochLoader(data.test, EVALUATION_BATCH, augment=None, shuffle=False, **common)
-        optimizer = torch.optim.SGD(
-            distiller.trainable_parameters(),
-            lr=solver.LR,
-            momentum=solver.MOMENTUM,
-            weight_decay=solver.WEIGHT_DECAY,
-        )
+        settings = {"lr": solver.LR, "weight_decay": solver.WEIGHT_DECAY}
+        if solver.OPTIMIZER == "adamw":
+            optimizer = torch.optim.AdamW(distiller.trainable_parameters(), **settings)
+        else:
+            optimizer = torch.optim.SGD(distiller.trainable_parameters(), momentum=solver.MOMENTUM, **settings)
         self.model, self.optimizer = accelerator.prepare(distiller, optimizer)
         self.progress = _Progress()
         self.total_steps = solver.EPOCHS * len(self.loader)
@@ -450,6 +452,7 @@ def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Dist
     """The method with its networks on the device, DSKD's pairs, the teacher's hash; prints what distils what."""
     classes, channels = data.train.num_classes, data.train.images.shape[1]
     student = build_model(cfg.DISTILLER.STUDENT, classes, channels)
+    source_of_student = load_student(cfg, student)
     _check_images(cfg, student, tuple(data.train.images.shape[1:]))
     method = METHODS[cfg.DISTILLER.TYPE]
     teacher, teacher_sha256, source, notes = None, None, None, ()
@@ -471,6 +474,7 @@ def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Dist
     ).to(accelerator.device)
     if cfg.SOLVER.CHANNELS_LAST:
         distiller.to(memory_format=torch.channels_last)
+    notes = (*source_of_student, *notes)
     pairs = layer_pairs(student, teacher, cfg.DSKD) if cfg.DSKD.ENABLED else []
     if cfg.SOLVER.SYNC_BN and accelerator.num_processes > 1:
         synchronise(distiller)
@@ -486,12 +490,13 @@ def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Dist
 def _check_images(cfg: CfgNode, student: nn.Module, shape: tuple[int, ...]) -> None:
     try:
         student.eval()(torch.zeros(1, *shape))
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # timm's transformers assert their size
         if memory_is_short(error):
             raise
         size = "x".join(map(str, shape[1:]))
         raise UserError(
             f"{cfg.DISTILLER.STUDENT} cannot take images of {size} pixels; set a larger DATASET.IMAGE_SIZE"
+            + ("" if isinstance(error, RuntimeError) else f" ({error})")
         ) from None
     student.train()
 
@@ -519,5 +524,7 @@ def _announce(
             f"  {ours} <- {theirs}" + ("" if ours in kept else " (left out: shapes differ)") for ours, theirs in names
         )
         print(f"DSKD, lambda {cfg.DSKD.LAMBDA:g}, {cfg.DSKD.BASIS} directions:\n{rows}", flush=True)
-    if late := [stage for stage in cfg.SOLVER.LR_DECAY_STAGES if stage >= cfg.SOLVER.EPOCHS]:
+    if cfg.SOLVER.SCHEDULE == "steps" and (
+        late := [stage for stage in cfg.SOLVER.LR_DECAY_STAGES if stage >= cfg.SOLVER.EPOCHS]
+    ):
         print(f"note: LR_DECAY_STAGES {late} lie behind the last epoch, {cfg.SOLVER.EPOCHS}", flush=True)

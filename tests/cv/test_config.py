@@ -173,6 +173,8 @@ OUT_OF_RANGE = {
     "SOLVER.EPOCHS": "0",
     "SOLVER.EVAL_EPOCHS": "0",
     "SOLVER.LR": "0",
+    "SOLVER.OPTIMIZER": "adam",
+    "SOLVER.SCHEDULE": "linear",
     "SOLVER.LR_DECAY_STAGES": "[0]",
     "SOLVER.LR_DECAY_RATE": "-0.1",
     "SOLVER.MOMENTUM": "1",
