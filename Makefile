@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench tables
+.PHONY: setup demo test coverage lint bench tables
 
 setup: .venv/current  ## make .venv with the tested versions; nothing to do when it is current
 
@@ -17,9 +17,13 @@ demo: setup  ## compress a text encoder and distil an image classifier; DEMO="--
 test: setup  ## all tests, two at a time
 	$(BIN)/python -m pytest -n 2
 
-lint: setup  ## style of all Python files
+coverage: setup  ## the share of lines that the tests run
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
+
+lint: setup  ## style of all Python files, types of the method
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict dskd
 
 bench: setup  ## cost of DSKD beside its rivals; writes results/benchmark
 	$(BIN)/python scripts/benchmark.py all

@@ -64,7 +64,8 @@ def build_reading(values: Mapping[str, Any], seed: int) -> Reading:
     basis, control, score = values["basis"], values["control"], values["score"]
     reading: Reading
     if basis == "curvature":
-        reading = ShuffledFactors(Curvature(), seed) if score == "random" else Curvature()
+        curvature = Curvature(**_part("reading", values))
+        reading = ShuffledFactors(curvature, seed) if score == "random" else curvature
     else:
         function = Dealt(sensitivity, seed) if score == "random" else _SCORES[score]
         reading = _READINGS[basis](**_part("reading", values), score=function)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
+
+from .sharding import local
 
 if TYPE_CHECKING:
     from .loss import DirectionSensitivityLoss
@@ -48,10 +50,12 @@ class Attachment:
         if weight is not None and not 0.0 <= weight < float("inf"):
             raise ValueError(f"weight must be 0 or a positive number, got {weight}")
         self.loss, self.total_steps, self.weight, self.skip = loss, total_steps, weight, skip
-        optimizers = [_unwrapped(each) for each in ([optimizer] if isinstance(optimizer, Optimizer) else optimizer)]
+        optimizers = [_unwrapped(each) for each in (optimizer if isinstance(optimizer, Sequence) else [optimizer])]
         self._places = self._places_in(optimizers)
         self._step: ObservedStep | None = None
-        self._stepped: set[int] = set()  # of the optimizers, by id, in the present step
+        self._gradients: list[Tensor] = []  # of the loss, for the optimizers of the present step that come later
+        self._begun: set[int] = set()  # of the optimizers, by id, in the present step
+        self._stepped: set[int] = set()
         if total_steps < loss.svd_steps:
             loss.watch.warn(
                 f"{total_steps} steps are planned and directions are chosen every {loss.svd_steps} (svd_steps): none "
@@ -64,9 +68,12 @@ class Attachment:
         """Follow no longer; nothing stays on the optimizer."""
         for hook in self._hooks:
             hook.remove()
-        if self._step is not None:
-            self._step.forget()
+        self._forget()
         self.loss.attachment = None
+
+    def follows(self, optimizer: Any) -> bool:
+        """Whether this optimizer, or the one in this wrapper, trains a paired weight."""
+        return id(_unwrapped(optimizer)) in self._places
 
     def _places_in(self, optimizers: list[Optimizer]) -> dict[int, list[int]]:
         """Of every optimizer, by id, the places of the pairs whose weights it trains."""
@@ -83,6 +90,8 @@ class Attachment:
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the step, or after the closure that the step begins with, when the gradients are there."""
+        if id(optimizer) in self._begun - self._stepped:  # its last step has raised: there was none
+            self._forget()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._begin(optimizer)
@@ -105,35 +114,46 @@ class Attachment:
         if id(optimizer) in self._stepped:  # the others were left out
             self._finish()
         if self.weight is not None:
-            self._add_gradient(places, optimizer)
+            gradients = self._gradients or self.loss.gradients()
+            scale = getattr(optimizer, "grad_scale", None)  # of a scaler whose optimizer unscales by itself
+            add_gradient([(self.loss.students[i], gradients[i]) for i in places], self.weight, scale)
+            self._gradients = gradients if len(self._places) > 1 else []
         if self._step is None:
             progress = min(self.loss.steps / self.total_steps, 1.0)
             skip = self.skip() if self.skip is not None and self.loss.due else ()
             self._step = self.loss.begin_step(progress, skip)
+        self._begun.add(id(optimizer))
         self._step.note_gradients(places)
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(optimizer) in self._places and self._step is not None:
+            self._step.settle(self._places[id(optimizer)])
             self._stepped.add(id(optimizer))
             if len(self._stepped) == len(self._places):
                 self._finish()
 
     def _finish(self) -> None:
-        step, self._step, self._stepped = self._step, None, set()
+        step = self._step
+        self._forget()
         if step is not None:
             self.loss.end_step(step)
 
-    def _add_gradient(self, places: list[int], optimizer: Optimizer) -> None:
-        assert self.weight is not None
-        gradients = self.loss.gradients()
-        scale = getattr(optimizer, "grad_scale", None)  # of a scaler whose optimizer unscales by itself
-        wanted: list[Tensor] = [gradients[i] for i in places]
-        if scale is not None:
-            wanted = [D * scale for D in wanted]
-        weights = [self.loss.students[i] for i in places]
-        for W in weights:
-            W.grad = torch.zeros_like(W) if W.grad is None else W.grad
-        torch._foreach_add_([W.grad for W in weights if W.grad is not None], wanted, alpha=self.weight)
+    def _forget(self) -> None:
+        if self._step is not None:
+            self._step.forget()
+        self._step, self._gradients = None, []
+        self._begun, self._stepped = set(), set()
+
+
+@torch.no_grad()
+def add_gradient(pairs: Iterable[tuple[Tensor, Tensor]], weight: float, scale: Tensor | None = None) -> None:
+    """Add weight * scale * D to `.grad` of every W, for pairs (W, D)."""
+    added, wanted = [], []
+    for W, D in pairs:
+        W.grad = torch.zeros_like(W) if W.grad is None else W.grad
+        added.append(local(W.grad))
+        wanted.append(local(D) if scale is None else local(D) * scale)
+    torch._foreach_add_(added, wanted, alpha=weight)
 
 
 def _unwrapped(optimizer: Any) -> Optimizer:

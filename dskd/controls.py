@@ -31,6 +31,10 @@ class Control(Reading):
     def gradual(self) -> bool:  # type: ignore[override]
         return self.reading.gradual
 
+    @property
+    def lasting(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.reading.lasting
+
     def start(self, student_mn: Tensor) -> State:
         return self.reading.start(student_mn)
 
@@ -68,6 +72,7 @@ class RandomDirection(Control):
         return value, _with_norm_of(gradient_mn, other)
 
 
+@dataclass(frozen=True, repr=False)
 class ReleasedGradient(Control):
     """Around `Own`: the gradient of the authors' release, with its own norm. It is not the gradient of the loss.
 

@@ -1,5 +1,6 @@
 """The matched pairs of layers: checked, and grouped by shape, so that matrices of one shape are worked on together."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .matrices import as_matrix, shape_of, working_dtype
-from .processes import collect, rounds
+from .pairing.pairs import LayerPairs
+from .processes import collect, rounds, share
 from .readings import Reading, State
+from .sharding import check_sharding, whole
 
 Pairs = Sequence[tuple[str, Tensor, Tensor]]  # (name, student weight, teacher weight)
 _AT_ONCE = 2**20  # elements of the matrices that are decomposed together, which bounds the memory of a refresh
@@ -18,18 +21,20 @@ _AT_ONCE = 2**20  # elements of the matrices that are decomposed together, which
 
 @dataclass
 class Group:
-    """Pairs whose weights are (m, n) matrices of one shape.
+    """Pairs whose students' weights are (m, n) matrices, and whose teachers' are of one shape too.
 
     Attributes:
         index: of every row of the group its place among all pairs.
+        teacher_mn: the shape of the teachers' matrices, (m, n) but for readings of `any_shape`.
         chosen: what the reading has chosen, a row a pair.
-        targets: what it has computed of the teacher, by the rows that are worked on together.
-        former: the same before the last choice.
+        targets: what it has computed of the teacher for this process's share, by the rows of a round.
+        former: of those before the last choice what still holds.
     """
 
     index: list[int]
     m: int
     n: int
+    teacher_mn: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
     chosen: State = field(default_factory=dict)
@@ -41,34 +46,46 @@ class Group:
 
     def rounds(self, rows: Sequence[int]) -> Iterator[list[int]]:
         """The rows in parts that are worked on together."""
-        return rounds(rows, max(1, _AT_ONCE // (self.m * self.n)))
+        return rounds(rows, max(1, _AT_ONCE // max(self.m * self.n, math.prod(self.teacher_mn))))
 
-    def stack(self, tensors: Sequence[Any], rows: Sequence[int]) -> Tensor:
-        """Matrices (rows, m, n) in the working precision, of tensors in the order of all pairs."""
-        if not rows:  # a process without work of its own
-            return torch.zeros(0, self.m, self.n, dtype=self.dtype, device=self.device)
-        return torch.stack([as_matrix(tensors[self.index[row]].detach()).to(self.dtype) for row in rows])
+    def stack(self, tensors: Sequence[Any], rows: Sequence[int], shape: tuple[int, int] | None = None) -> Tensor:
+        """This process's share of some matrices, (share, m, n) or (share, *shape), in the working precision.
+
+        Args:
+            tensors: in the order of all pairs.
+            rows: of a round, the same on every process.
+            shape: of the matrices.
+        """
+        mine = set(share(rows))
+        found = [whole(tensors[self.index[row]], row in mine) for row in rows]
+        if not mine:  # a process without work of its own
+            return torch.zeros(0, *(shape or (self.m, self.n)), dtype=self.dtype, device=self.device)
+        return torch.stack([as_matrix(W.detach()).to(self.dtype) for W in found if W is not None])
 
     def start(self, reading: Reading, students: Sequence[Tensor]) -> None:
         """The state before the first choice, if there is none."""
         if not self.chosen:
-            parts = [reading.start(self.stack(students, rows)) for rows in self.rounds(range(len(self)))]
+            parts = []
+            for rows in self.rounds(range(len(self))):
+                mine = reading.start(self.stack(students, rows))
+                parts.append({key: collect(part, len(rows)) for key, part in mine.items()})
             self.chosen = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     def target(self, reading: Reading, teachers: Sequence[Tensor], rows: list[int]) -> State:
-        """What the reading needs of some teachers, renewed after a choice only."""
+        """What the reading needs of this process's share of some teachers, renewed after a choice only."""
         key = tuple(rows)
         if key not in self.targets:
-            teacher_mn, former = self.stack(teachers, rows), self.former.pop(key, {})
+            teacher_mn, former = self.stack(teachers, rows, self.teacher_mn), self.former.pop(key, {})
             self.targets[key] = reading.target(teacher_mn, self.of_rows(rows), former)
         return self.targets[key]
 
     def of_rows(self, rows: list[int]) -> State:
-        """What was chosen for some rows."""
-        everything = rows == list(range(len(self)))
-        return {key: value if everything else value[rows] for key, value in self.chosen.items()}
+        """What was chosen for this process's share of some rows."""
+        mine = share(rows)
+        everything = mine == list(range(len(self)))
+        return {key: value if everything else value[mine] for key, value in self.chosen.items()}
 
-    def renew(self, rows: list[int], mine: State) -> None:
+    def renew(self, reading: Reading, rows: list[int], mine: State) -> None:
         """Take over what was newly chosen, `mine` for this process's share of the rows.
 
         Former tensors are left as they are, since saved states keep them.
@@ -77,31 +94,41 @@ class Group:
             new = collect(part, len(rows))
             if len(rows) < len(self):
                 former = self.chosen.get(key)
-                whole = new.new_zeros(len(self), *new.shape[1:]) if former is None else former.clone()
-                whole[rows] = new
-                new = whole
+                every = new.new_zeros(len(self), *new.shape[1:]) if former is None else former.clone()
+                every[rows] = new
+                new = every
             self.chosen[key] = new
-        self.former, self.targets = self.targets or self.former, {}
+        for place, target in self.targets.items():
+            self.former[place] = {name: target[name] for name in reading.lasting if name in target}
+        self.targets = {}
 
 
 def group_by_shape(pairs: Pairs) -> list[Group]:
     groups: dict[tuple[Any, ...], Group] = {}
-    for i, (_, weight, _) in enumerate(pairs):
-        (m, n), dtype = as_matrix(weight).shape, working_dtype(weight)
-        group = groups.setdefault((m, n, dtype, weight.device), Group([], m, n, dtype, weight.device))
+    for i, (_, weight, teacher) in enumerate(pairs):
+        m, n = weight.shape[0], weight.shape[1:].numel()
+        teacher_mn = (teacher.shape[0], teacher.shape[1:].numel())
+        kind = (m, n, teacher_mn, working_dtype(weight), weight.device)
+        group = groups.setdefault(kind, Group([], *kind))
         group.index.append(i)
     return list(groups.values())
 
 
-def check_pairs(pairs: Pairs) -> None:
+def check_pairs(pairs: Pairs, any_shape: bool = False) -> LayerPairs:
     """Refuse what cannot be aligned, by the pair's name.
+
+    Args:
+        any_shape: whether a teacher's shape may be another one than the student's.
+
+    Returns:
+        The pairs, whose `check` refuses weights that are the networks' no longer, if `pair_layers` gave them.
 
     Raises:
         ValueError: no pairs, a repeated name, shapes of a pair that differ, a weight that is no matrix, a student
-            weight that cannot be trained.
+            weight that cannot be trained, or one that its layer has no longer.
         TypeError: a pair that is no (name, student weight, teacher weight).
     """
-    pairs = list(pairs)
+    pairs = pairs if isinstance(pairs, LayerPairs) else LayerPairs(pairs)
     if not pairs:
         raise ValueError("DSKD needs at least one pair of layers")
     for pair in pairs:
@@ -110,12 +137,14 @@ def check_pairs(pairs: Pairs) -> None:
     for name, student, teacher in pairs:
         if counts[name] > 1:
             raise ValueError(f"the pair name {name!r} occurs {counts[name]} times")
-        if student.shape != teacher.shape:
+        if student.shape != teacher.shape and not any_shape:
             raise ValueError(_of_other_shapes(name, student, teacher))
-        if student.ndim < 2:
-            raise ValueError(
-                f"pair {name}: {shape_of(student)} is no matrix; weights of 2 and more dimensions can pair"
-            )
+        for weight in (student, teacher):
+            if weight.ndim < 2:
+                raise ValueError(
+                    f"pair {name}: {shape_of(weight)} is no matrix; weights of 2 and more dimensions can pair"
+                )
+            check_sharding(name, weight)
         if not student.is_leaf:
             raise ValueError(
                 f"pair {name}: the student's weight is computed from other tensors; give the parameter that is trained"
@@ -125,6 +154,8 @@ def check_pairs(pairs: Pairs) -> None:
                 f"pair {name}: the student's weight is frozen (requires_grad is False): DSKD could not move it; "
                 "train it, or leave the pair out (of a LoRA layer train the base weight, or merge the adapter first)"
             )
+    pairs.check()
+    return pairs
 
 
 def _check_kind(pair: Any) -> None:
@@ -139,7 +170,11 @@ def _check_kind(pair: Any) -> None:
 
 def _of_other_shapes(name: str, student: Tensor, teacher: Tensor) -> str:
     turned = student.ndim == 2 and student.shape == teacher.shape[::-1]
-    hint = "; one is (in, out) and the other (out, in): give the transpose of the teacher's" if turned else ""
+    hint = (
+        "; one is (in, out) and the other (out, in): give the transpose of the teacher's"
+        if turned
+        else "; the reading Spectrum takes pairs of unequal shape"
+    )
     return f"pair {name}: student {shape_of(student)} and teacher {shape_of(teacher)} must match{hint}"
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .matrices import inner_product
+from .sharding import local, sum_over_parts
 
 
 class _HandOut(torch.autograd.Function):
@@ -59,9 +60,11 @@ class Held:
         """Whether a matrix is further from W0 than this share of its norm; always so where that is not looked at."""
         if not self.origin:
             return True
-        moved = torch._foreach_norm(torch._foreach_sub([W.detach() for W in weights], self.origin))
-        size = torch._foreach_norm(self.origin)
-        return bool((torch.stack(moved) > drift * torch.stack(size)).any())
+        origin = [local(W0) for W0 in self.origin]
+        moved = torch._foreach_sub([local(W.detach()) for W in weights], origin)
+        squares = [norm.double().square() for norm in torch._foreach_norm([*moved, *origin])]
+        moved_sum, size_sum = sum_over_parts(squares, [*weights, *weights]).chunk(2)
+        return bool((moved_sum > drift**2 * size_sum).any())
 
 
 def check_intervals(svd_steps: int, grad_steps: int, drift: float) -> None:

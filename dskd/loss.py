@@ -23,7 +23,7 @@ from .groups import Pairs, check_pairs, group_by_shape
 from .held import Held, check_intervals, hand_out
 from .matrices import in_layout_of, inner_product, largest_entries
 from .observed import ObservedStep
-from .processes import collect, share
+from .processes import collect
 from .readings import Own, Reading
 from .reports import Reports
 from .state import Saved
@@ -68,11 +68,11 @@ class DirectionSensitivityLoss(Reports, Saved):
         grad_steps: int = 1,
         drift: float = 0.0,
     ):
-        check_pairs(pairs)
         check_intervals(svd_steps, grad_steps, drift)
         self.reading = Own() if reading is None else reading
         if not isinstance(self.reading, Reading):
             raise TypeError(f"reading must be one such as Own(rank=32), got {reading!r}")
+        self.pairs = check_pairs(pairs, self.reading.any_shape)
         self.svd_steps, self.grad_steps, self.drift = svd_steps, grad_steps, drift
         self.steps = self.choices = self.expansions = 0
         self.names = [name for name, _, _ in pairs]
@@ -123,11 +123,13 @@ class DirectionSensitivityLoss(Reports, Saved):
             RuntimeError: a backward pass ran inside.
         """
         step = self.begin_step(progress, skip)
-        step.note_gradients(range(len(self.students)))
+        everything = range(len(self.students))
+        step.note_gradients(everything)
         try:
             yield
         finally:
             step.forget()
+        step.settle(everything)
         self.end_step(step)
 
     @property
@@ -145,6 +147,7 @@ class DirectionSensitivityLoss(Reports, Saved):
             self.starts = [W.detach().clone() for W in self.students]
         if not self.due:
             return ObservedStep(self.students, None, False, progress, skip)
+        self.pairs.check()
         self.held = None  # its memory serves the copies
         before = [W.detach().clone() for W in self.starts or self.students]
         return ObservedStep(self.students, before, self.copy_gradients, progress, skip)
@@ -177,9 +180,9 @@ class DirectionSensitivityLoss(Reports, Saved):
         for group in self.groups:
             group.start(self.reading, self.students)
             for rows in group.rounds([row for row, i in enumerate(group.index) if i in moved]):
-                mine = share(rows)
-                update_mn, gradient_mn = group.stack(updates, mine), group.stack(step.gradients, mine)
-                group.renew(rows, self.reading.choose(update_mn, gradient_mn, step.progress, group.of_rows(mine)))
+                update_mn, gradient_mn = group.stack(updates, rows), group.stack(step.gradients, rows)
+                chosen = self.reading.choose(update_mn, gradient_mn, step.progress, group.of_rows(rows))
+                group.renew(self.reading, rows, chosen)
         if self.reading.span == "interval":  # a new list of new tensors: saved states keep the former ones
             starts = enumerate(zip(self.students, self.starts, strict=True))
             self.starts = [W.detach().clone() if i in moved else start for i, (W, start) in starts]
@@ -203,10 +206,9 @@ class DirectionSensitivityLoss(Reports, Saved):
             for group in self.groups:
                 group.start(self.reading, self.students)
                 for rows in group.rounds(range(len(group))):
-                    mine = share(rows)
-                    target = group.target(self.reading, self.teachers, mine)
-                    student_mn = group.stack(self.students, mine)
-                    found = self.reading.value_and_gradient(student_mn, target, group.of_rows(mine))
+                    target = group.target(self.reading, self.teachers, rows)
+                    student_mn = group.stack(self.students, rows)
+                    found = self.reading.value_and_gradient(student_mn, target, group.of_rows(rows))
                     losses, D_mn = (collect(part, len(rows)) / len(self.students) for part in found)
                     value = value + losses.sum()
                     for row, D in zip(rows, D_mn, strict=True):

@@ -7,6 +7,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .sharding import largest_over_parts, local, sharded_like, sum_over_parts
+
 DRIVERS = ("gram", "svd", "randomized")
 _OVERSAMPLING = 32
 _POWER_ITERATIONS = 2
@@ -45,23 +47,26 @@ def right_singular(matrix: Tensor, driver: str, count: int | None = None) -> tup
     Raises:
         ValueError: an unknown driver.
     """
+    unit_mn, largest = unit_scale(matrix)  # squares of AdamW updates would leave float32's range
+    sigma_q, V_nq = right_singular_of_unit(unit_mn, driver, count)
+    return sigma_q * largest.squeeze(-1), V_nq
+
+
+def right_singular_of_unit(matrix: Tensor, driver: str, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """As `right_singular`, of a matrix of unit scale."""
     check_driver(driver)
     if driver == "svd":
         _, sigma_n, Vh_nn = torch.linalg.svd(matrix, full_matrices=False)
         return sigma_n, Vh_nn.mT
-    n = matrix.shape[-1]
-    largest = largest_entry(matrix)
-    scaled = matrix / torch.where(largest > 0, largest, 1.0)  # squares of AdamW updates would leave float32's range
-    size = largest.squeeze(-1)
-    if driver == "gram" or count is None or 2 * (count + _OVERSAMPLING) > n:
-        eigenvalues_n, V_nn = torch.linalg.eigh(scaled.mT @ scaled)
-        return eigenvalues_n.flip(-1).clamp(min=0).sqrt() * size, V_nn.flip(-1)
-    basis_nq = torch.linalg.qr(scaled.mT @ _random_start(scaled, count + _OVERSAMPLING))[0]
+    if driver == "gram" or count is None or 2 * (count + _OVERSAMPLING) > matrix.shape[-1]:
+        eigenvalues_n, V_nn = torch.linalg.eigh(matrix.mT @ matrix)
+        return eigenvalues_n.flip(-1).clamp(min=0).sqrt(), V_nn.flip(-1)
+    basis_nq = torch.linalg.qr(matrix.mT @ _random_start(matrix, count + _OVERSAMPLING))[0]
     for _ in range(_POWER_ITERATIONS):
-        basis_nq = torch.linalg.qr(scaled.mT @ (scaled @ basis_nq))[0]
-    projected_mq = scaled @ basis_nq
+        basis_nq = torch.linalg.qr(matrix.mT @ (matrix @ basis_nq))[0]
+    projected_mq = matrix @ basis_nq
     eigenvalues_q, rotation_qq = torch.linalg.eigh(projected_mq.mT @ projected_mq)
-    return eigenvalues_q.flip(-1).clamp(min=0).sqrt() * size, basis_nq @ rotation_qq.flip(-1)
+    return eigenvalues_q.flip(-1).clamp(min=0).sqrt(), basis_nq @ rotation_qq.flip(-1)
 
 
 def _random_start(matrix: Tensor, q: int) -> Tensor:
@@ -77,12 +82,10 @@ def columns(matrix: Tensor, index: Tensor) -> Tensor:
 
 def inner_product(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """sum <D, W> over lists of tensors, each pair of one shape and memory layout."""
-    return torch.stack(
-        [
-            (torch.dot(flat(D), flat(W.to(D.dtype))) if D.stride() == W.stride() else (D * W).sum())
-            for D, W in zip(gradients, weights, strict=True)
-        ]
-    ).sum()
+    products = []
+    for D, W in ((local(D), local(W)) for D, W in zip(gradients, weights, strict=True)):
+        products.append(torch.dot(flat(D), flat(W.to(D.dtype))) if D.stride() == W.stride() else (D * W).sum())
+    return sum_over_parts(products, weights).sum()
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -109,28 +112,27 @@ def working(tensor: Tensor) -> Tensor:
     return tensor.to(working_dtype(tensor))
 
 
-def largest_entry(matrix: Tensor) -> Tensor:
-    """(..., 1, 1), the largest absolute entry."""
-    return matrix.abs().amax((-2, -1), keepdim=True)
+def unit_scale(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix with its largest absolute entry at 1, and that entry (..., 1, 1), or 1 of a zero matrix.
 
-
-def unit_scale(matrix: Tensor) -> Tensor:
-    """Largest entry 1, so that products of four factors stay within float32's range; a zero matrix stays zero."""
-    largest = largest_entry(matrix)
-    return matrix / torch.where(largest > 0, largest, 1.0)
+    So that products of four factors stay within float32's range.
+    """
+    largest: Tensor = torch.linalg.vector_norm(matrix, float("inf"), (-2, -1), keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    return matrix / largest, largest
 
 
 def largest_entries(*lists: Sequence[Tensor | None]) -> list[list[float]]:
     """The largest absolute entry of every tensor of some lists, 0 for None, read by the host at once."""
     present = [tensor for tensors in lists for tensor in tensors if tensor is not None]
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm(present, float("inf"))]).tolist()
-    sizes = iter(norms)
+    sizes = iter(largest_over_parts(present).tolist())
     return [[0.0 if tensor is None else next(sizes) for tensor in tensors] for tensors in lists]
 
 
 def in_layout_of(weight: Tensor, matrix: Tensor) -> Tensor:
     """A matrix in the shape and memory layout (channels_last, say) of a weight: inner products then need no copy."""
-    return torch.empty_like(weight.detach(), dtype=matrix.dtype).copy_(matrix.reshape(weight.shape))
+    part = sharded_like(weight, matrix.reshape(weight.shape))
+    return torch.empty_like(weight.detach(), dtype=matrix.dtype).copy_(part)
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class ObservedStep:
-    """Notes gradients before an optimizer step; after it `gradients_held` says whether they are those of the step.
+    """Notes gradients before an optimizer step; `settle` and `gradients_held` say whether they are those of the step.
 
     Args:
         weights: all students' weights.
@@ -30,7 +30,7 @@ class ObservedStep:
         self._copy = copy_gradients
         self._noted: list[Tensor | None] = [None] * len(weights)
         self._versions: list[int | None] = [None] * len(weights)
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[tuple[int, RemovableHandle]] = []
         self._late = False  # whether a backward pass has run inside the step
 
     def note_gradients(self, places: Iterable[int]) -> None:
@@ -41,31 +41,39 @@ class ObservedStep:
             if self.before is not None:
                 self.gradients[i] = grad.clone() if grad is not None and self._copy else grad
                 register = self.weights[i].register_post_accumulate_grad_hook
-                self._hooks.append(register(self._note_late))  # type: ignore[no-untyped-call]
+                self._hooks.append((i, register(self._note_late)))  # type: ignore[no-untyped-call]
 
     def _note_late(self, _: Tensor) -> None:
         self._late = True
 
     def forget(self) -> None:
         """Leave nothing on the weights."""
-        for hook in self._hooks:
-            hook.remove()
+        self._let_go(range(len(self.weights)))
 
-    def gradients_held(self) -> bool:
-        """False where the optimizer has changed the noted gradients in place.
+    def _let_go(self, places: Collection[int]) -> None:
+        for i, hook in self._hooks:
+            if i in places:
+                hook.remove()
+        self._hooks = [(i, hook) for i, hook in self._hooks if i not in places]
+
+    def settle(self, places: Collection[int]) -> None:
+        """Right after the step of some weights, before any other backward pass may follow.
 
         Raises:
-            RuntimeError: they have become those of another backward pass, which ran inside the step.
+            RuntimeError: their gradients have become those of another backward pass, which ran inside the step.
         """
-        self.forget()
-        now = [weight.grad for weight in self.weights]
-        replaced = any(grad is not None and grad is not noted for grad, noted in zip(now, self._noted, strict=True))
+        self._let_go(places)
+        now = {i: self.weights[i].grad for i in places}
+        replaced = any(grad is not None and grad is not self._noted[i] for i, grad in now.items())
         if self._late or replaced:
             raise RuntimeError(
-                "DSKD: a backward pass ran inside of `observe`, so that the gradients it saw are not the step's; "
-                "use `dskd.attach(optimizer, total_steps)`, which follows optimizers that call a closure"
+                "DSKD: a backward pass ran inside of the step, whose gradients are not those that were seen before it; "
+                "use `dskd.attach(optimizer, total_steps)`, which follows an optimizer that calls a closure once"
             )
-        unchanged = all(new is None or _version(new) == old for new, old in zip(now, self._versions, strict=True))
+
+    def gradients_held(self) -> bool:
+        """False where the noted gradients were changed in place, by the optimizer or after its step."""
+        unchanged = all(_version(grad) == old for grad, old in zip(self._noted, self._versions, strict=True))
         return self._copy or self.before is None or unchanged
 
     def updates(self) -> list[Tensor]:

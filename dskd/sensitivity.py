@@ -81,7 +81,7 @@ def direction_sensitivity(update: Tensor, grad: Tensor, alpha: float, driver: st
         raise ValueError(f"update and grad must be matrices of one shape, got {shape_of(update)} and {shape_of(grad)}")
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha (training progress) must lie in [0, 1], got {alpha}")
-    update_mn, grad_mn = (unit_scale(tall(working(t.detach()))) for t in (update, grad))
+    update_mn, grad_mn = (unit_scale(tall(working(t.detach())))[0] for t in (update, grad))
     return scored_directions(sensitivity, update_mn, grad_mn, alpha, driver, rank)[0]
 
 
@@ -135,6 +135,11 @@ def uniform_weights(student_mn: Tensor, rank: int) -> Tensor:
 def selected_count(rank: int, r: int) -> int:
     """How many of r directions a rank setting selects: 0 or more than r means all."""
     return min(rank, r) if check_rank(rank) else r
+
+
+def check_score(score: Score) -> None:
+    if not callable(score):
+        raise TypeError(f"score must be a function such as dskd.sensitivity.tempered, got {score!r}")
 
 
 def check_rank(rank: int) -> int:

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .groups import Group
 from .held import Held
-from .matrices import shape_of
+from .matrices import in_layout_of, shape_of
 from .readings import Reading
+from .sharding import sharded_like
 
 _COUNTERS = ("steps", "choices", "expansions", "postponed", "copy_gradients")
 _KEYS = {"pairs", "reading", "counters", "chosen", "held", "starts"}
@@ -54,11 +54,7 @@ class Saved:
         self.starts = self._beside_students(state["starts"])
         self.held = None
         if (held := state["held"]) is not None:
-            like = [
-                torch.empty_like(W.detach(), dtype=D.dtype)
-                for W, D in zip(self.students, held["gradients"], strict=True)
-            ]
-            gradients = [empty.copy_(D) for empty, D in zip(like, held["gradients"], strict=True)]
+            gradients = [in_layout_of(W, D) for W, D in zip(self.students, held["gradients"], strict=True)]
             value = held["value"].to(gradients[0].device)
             offset = None if held["offset"] is None else held["offset"].to(value.device)
             self.held = Held(value, gradients, offset, held["since"], self._beside_students(held["origin"]))
@@ -76,5 +72,5 @@ class Saved:
             raise ValueError(f"the saved DSKD state is of {state['reading']}, not {self.reading!r}")
 
     def _beside_students(self, tensors: list[Tensor]) -> list[Tensor]:
-        """On the devices of the students' weights; there are none, or as many as pairs."""
-        return [tensor.to(W.device) for tensor, W in zip(tensors, self.students, strict=False)]
+        """On the devices, and in the parts, of the students' weights; there are none, or as many as pairs."""
+        return [sharded_like(W, tensor.to(W.device)) for tensor, W in zip(tensors, self.students, strict=False)]

@@ -12,8 +12,8 @@ import _paths  # noqa: F401
 from common.run.errors import Parser, UserError, run_cli
 from common.run.files import check_writable, write_text
 from common.torchvision_repair import repair_torchvision
-from scripts.lib.report import comparison, single
 from scripts.lib.report.load import load_run
+from scripts.lib.report.page import report
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,8 +39,7 @@ def main() -> None:
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; give a file")
     check_writable("--output" if args.output else "OUTPUT_DIR", output.parent)
-    runs = [load_run(folder) for folder in args.folders]
-    write_text(output, single.report(runs[0]) if len(runs) == 1 else comparison.report(runs))
+    write_text(output, report([load_run(folder) for folder in args.folders]))
     print(f"written: {output}")
 
 

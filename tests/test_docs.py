@@ -23,7 +23,7 @@ from scripts.lib.tables.plan import plan
 from scripts.lib.tables.table import find_table, load_table
 
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
-FOLDERS = ("common", "configs", "cv", "docs", "nlp", "resources", "results", "scripts", "tests")
+FOLDERS = ("common", "configs", "cv", "docs", "dskd", "nlp", "resources", "results", "scripts", "tests")
 SHELL = ("bash", "sh", "shell", "console")
 LAUNCHERS = re.compile(r"(?:.*/)?(?:python3?|torchrun)$")
 
@@ -241,7 +241,7 @@ def apply_edits(copy: Path) -> int:
 
 def test_a_network_and_a_method_of_your_own_work_as_described(tmp_path):
     """The edits and files of docs/extending.md in a copy of the sources, then its commands, cut short."""
-    for name in ("common", "cv", "configs"):
+    for name in ("common", "cv", "configs", "dskd"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     assert apply_edits(tmp_path) == 4
     for file, block in WRITTEN_BY_THE_READER.items():

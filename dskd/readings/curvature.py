@@ -52,8 +52,8 @@ class Curvature(Reading):
         return scale * (gap_mn * pull_mn).sum((-2, -1)), pull_mn * (2 * scale)[..., None, None]
 
     def weights(self, chosen: State) -> Tensor:
-        """The eigenvalues (rows, r) of the smaller factor, falling, divided by their sum."""
-        smaller = min(chosen["left"], chosen["right"], key=lambda factor: factor.shape[-1])
+        """The eigenvalues (rows, r) of the smaller factor (the right of two equal ones), falling, by their sum."""
+        smaller = min(chosen["right"], chosen["left"], key=lambda factor: factor.shape[-1])
         eigenvalues: Tensor = torch.linalg.eigvalsh(smaller)
         return eigenvalues.flip(-1).clamp(min=0) / smaller.shape[-1]
 
@@ -75,7 +75,7 @@ def add_curvature(left: Tensor, right: Tensor, grad: Tensor, share: float) -> tu
     Returns:
         The new means, in new memory.
     """
-    grad_mn = unit_scale(grad)
+    grad_mn, _ = unit_scale(grad)
     total = grad_mn.square().sum((-2, -1), keepdim=True)
     unit_mn = grad_mn / torch.where(total > 0, total, 1.0).sqrt()
     m, n = grad.shape[-2:]

@@ -26,6 +26,7 @@ from ..matrices import (
     check_driver,
     columns,
     right_singular,
+    right_singular_of_unit,
     shape_of,
     tall,
     unit_scale,
@@ -35,6 +36,7 @@ from ..matrices import (
 from ..sensitivity import (
     Score,
     check_rank,
+    check_score,
     padded,
     scored_directions,
     select_directions,
@@ -43,6 +45,8 @@ from ..sensitivity import (
     uniform_weights,
 )
 from .reading import Reading, State, check_span
+
+_SMALLEST = 1e-30  # of the largest eigenvalue of a matrix of unit scale, which is 1 or more unless all is zero
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,7 +63,7 @@ class Own(Reading):
         span: see `Reading`.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError, TypeError: a setting out of range.
     """
 
     rank: int = 32
@@ -67,10 +71,12 @@ class Own(Reading):
     driver: str = "gram"
     score: Score = sensitivity
     span: str = "step"
+    lasting = ("V",)
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
         check_driver(self.driver)
+        check_score(self.score)
         check_span(self.span)
         if not 0.0 <= self.smoothing < float("inf"):
             raise ValueError(f"smoothing must be 0 or a positive number, got {self.smoothing}")
@@ -80,29 +86,25 @@ class Own(Reading):
 
     def choose(self, update_mn: Tensor, gradient_mn: Tensor, progress: float, chosen: State) -> State:
         """Weights (rows, r), and the update's singular values (rows, r) in units of the largest, as `spectrum`."""
-        tall_mn, gradient_mn = unit_scale(tall(update_mn)), unit_scale(tall(gradient_mn))
+        tall_mn, gradient_mn = unit_scale(tall(update_mn))[0], unit_scale(tall(gradient_mn))[0]
         scores_n, sigma_q, _ = scored_directions(self.score, tall_mn, gradient_mn, progress, self.driver, self.rank)
         spectrum_n = padded(sigma_q / sigma_q[..., :1], scores_n.shape[-1])
         return {"weights": select_directions(scores_n, self.rank), "spectrum": spectrum_n}
 
     def target(self, teacher_mn: Tensor, chosen: State, former: State) -> State:
-        """T~ (rows, m, n) of the tall teacher, and its right singular vectors, which no choice changes."""
+        """T~ and all else that no step changes (`_fixed`); of the teacher's right singular vectors those of before."""
         if self._takes_all_alike(teacher_mn, chosen):
             return {"teacher": teacher_mn}
         tall_mn = tall(teacher_mn)
         V_nn = former["V"] if "V" in former else right_singular(tall_mn, self.driver)[1]
-        root_n, index_k = _selected(chosen["weights"], selected_count(self.rank, tall_mn.shape[-1]))
-        return {"V": V_nn, "low_rank": _weighted(tall_mn, V_nn, root_n, index_k)}
+        return _fixed(tall_mn, V_nn, chosen["weights"], selected_count(self.rank, tall_mn.shape[-1]))
 
     def value_and_gradient(self, student_mn: Tensor, target: State, chosen: State) -> tuple[Tensor, Tensor]:
         m, n = student_mn.shape[-2:]
         if self._takes_all_alike(student_mn, chosen):  # equal weights: W~ = W / sqrt(r), without a decomposition
             gap_mn = student_mn - target["teacher"]
             return gap_mn.square().sum((-2, -1)) / min(m, n), gap_mn.mul_(2 / min(m, n))
-        count = selected_count(self.rank, min(m, n))
-        value, gradient_mn = own_value_and_gradient(
-            tall(student_mn), target["low_rank"], chosen["weights"], count, self.driver, self.smoothing
-        )
+        value, gradient_mn = _aligned(tall(student_mn), target, self.driver, self.smoothing)
         return value, gradient_mn if m >= n else gradient_mn.mT
 
     def _takes_all_alike(self, matrix_mn: Tensor, chosen: State) -> bool:
@@ -138,97 +140,103 @@ def low_rank_alignment(
     if tuple(weights.shape) != expected:
         raise ValueError(f"weights must have the shape {expected}, got {shape_of(weights)}")
     with torch.no_grad():
-        student_mn, teacher_mn = tall(working(student)), tall(working(teacher))
-        weights_n = weights.to(student_mn.dtype)
+        student_mn, teacher_mn = (tall(working(W).reshape(-1, *W.shape[-2:])) for W in (student, teacher))
+        weights_n = weights.to(student_mn.dtype).reshape(-1, expected[-1])
         count = max(int((weights_n > 0).sum(-1).max()) if weights_n.numel() else 0, 1)
-        _, V_nn = right_singular(teacher_mn, driver)
-        low_rank_mn = _weighted(teacher_mn, V_nn, *_selected(weights_n, count))
-        value, gradient_mn = own_value_and_gradient(student_mn, low_rank_mn, weights_n, count, driver, smoothing)
+        target = _fixed(teacher_mn, right_singular(teacher_mn, driver)[1], weights_n, count)
+        value, gradient_mn = _aligned(student_mn, target, driver, smoothing)
         gradient_mn = gradient_mn if student.shape[-2] >= student.shape[-1] else gradient_mn.mT
-    return hand_out(value, [gradient_mn], [student])
-
-
-def own_value_and_gradient(
-    student_mn: Tensor, low_rank_mn: Tensor, weights_n: Tensor, count: int, driver: str, smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """Losses (...) and gradients (..., m, n) of tall students, of whose weights (..., n) at most `count` are above 0.
-
-    low_rank_mn: T~ (..., m, n).
-    """
-    root_n, index_k = _selected(weights_n, count)
-    sigma_n, V_nn = right_singular(student_mn, driver)
-    gap_mn = _weighted(student_mn, V_nn, root_n, index_k) - low_rank_mn
-    if index_k is None:
-        gradient_mn = _gradient_of_many(student_mn, gap_mn, sigma_n, V_nn, root_n, smoothing)
-    else:
-        gradient_mn = _gradient_of_few(student_mn, gap_mn, sigma_n, V_nn, root_n, index_k, smoothing)
-    return gap_mn.square().sum((-2, -1)), gradient_mn
+    return hand_out(value.reshape(student.shape[:-2]), [gradient_mn.reshape(student.shape)], [student])
 
 
 def low_rank_part(matrix_mn: Tensor, weights_r: Tensor, count: int, driver: str) -> Tensor:
-    """W~ (..., m, n) of matrices of any orientation."""
+    """W~ (rows, m, n) of matrices of any orientation."""
     tall_mn = tall(matrix_mn)
-    part_mn = _weighted(tall_mn, right_singular(tall_mn, driver)[1], *_selected(weights_r, count))
+    fixed = _fixed(tall_mn, right_singular(tall_mn, driver)[1], weights_r, count)
+    part_mn = fixed["low_rank"] if "low_rank" in fixed else fixed["left"] @ fixed["right"].mT
     return part_mn if matrix_mn.shape[-2] >= matrix_mn.shape[-1] else part_mn.mT
 
 
-def _selected(weights_n: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-    """p = sqrt(w), and the indices (..., k) of the selected directions, or None where these are many."""
-    return weights_n.sqrt(), weights_n.topk(count).indices if 2 * count < weights_n.shape[-1] else None
+def _fixed(teacher_mn: Tensor, V_nn: Tensor, weights_n: Tensor, count: int) -> State:
+    """What stays the same between two choices, singular values rising as eigenvalues do.
+
+    Args:
+        teacher_mn, V_nn: tall teachers (rows, m, n) and their right singular vectors, falling.
+        weights_n: (rows, n), falling, at most `count` of them above 0.
+
+    Returns:
+        V; root, p (rows, n or k); steps, p_i - p_j (rows, n, n or k); T~ as low_rank (rows, m, n) or, where k = `count`
+        directions are few, as left (rows, m, k) @ right (rows, n, k)^T, with the index (rows, k) of the selected ones.
+    """
+    root_n = weights_n.sqrt().flip(-1)
+    fixed = {"V": V_nn, "root": root_n}
+    rising_nn = V_nn.flip(-1)
+    if 2 * count < weights_n.shape[-1]:
+        fixed["index"] = root_n.topk(count).indices
+        fixed["root"] = root_n.gather(-1, fixed["index"])
+        fixed["right"] = columns(rising_nn, fixed["index"])
+        fixed["left"] = teacher_mn @ fixed["right"] * fixed["root"].unsqueeze(-2)
+    else:
+        fixed["low_rank"] = teacher_mn @ _projection(rising_nn, root_n)
+    fixed["steps"] = root_n.unsqueeze(-1) - fixed["root"].unsqueeze(-2)
+    return fixed
 
 
-def _weighted(matrix_mn: Tensor, V_nn: Tensor, root_n: Tensor, index_k: Tensor | None) -> Tensor:
-    """W~ = W P = sum_i p_i sigma_i u_i v_i^T."""
-    if index_k is None:
-        return matrix_mn @ _projection(V_nn, root_n)
-    V_nk, root_k = columns(V_nn, index_k), root_n.gather(-1, index_k)
-    return (matrix_mn @ V_nk * root_k.unsqueeze(-2)) @ V_nk.mT
+def _aligned(student_mn: Tensor, fixed: State, driver: str, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Losses (rows,) and gradients (rows, m, n) of tall students; see this file's head.
+
+    The student enters the second term as (A / a)^T and (A / a) around F * a^2, so that its unit a does not matter.
+    """
+    unit_mn, _ = unit_scale(student_mn)
+    lambda_n, V_nn = _eigenbasis(unit_mn, driver)  # sigma^2, rising
+    if "index" in fixed:
+        return _aligned_along_few(student_mn, unit_mn, fixed, lambda_n, V_nn, smoothing)
+    P_nn = _projection(V_nn, fixed["root"])
+    R_mn = torch.baddbmm(fixed["low_rank"], student_mn, P_nn, beta=-1)
+    B_nn = V_nn.mT @ (unit_mn.mT @ R_mn) @ V_nn
+    S_nn = _divided_differences(lambda_n, lambda_n, fixed["steps"], smoothing) * (B_nn + B_nn.mT)
+    D_mn = torch.baddbmm(unit_mn @ (V_nn @ S_nn @ V_nn.mT), R_mn, P_nn, beta=2, alpha=2)
+    return R_mn.square().sum((-2, -1)), D_mn
+
+
+def _aligned_along_few(
+    student_mn: Tensor, unit_mn: Tensor, fixed: State, lambda_n: Tensor, V_nn: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """With Y = V S_nk, where the rows of S in K are halved, V S V^T is Y V_K^T + V_K Y^T."""
+    index_k, root_k = fixed["index"], fixed["root"].unsqueeze(-2)
+    V_nk = columns(V_nn, index_k)
+    R_mn = torch.baddbmm(fixed["left"] @ fixed["right"].mT, student_mn @ V_nk * root_k, V_nk.mT, beta=-1)
+    unit_V_mk, R_V_mk = unit_mn @ V_nk, R_mn @ V_nk
+    F_nk = _divided_differences(lambda_n, lambda_n.gather(-1, index_k), fixed["steps"], smoothing)
+    S_nk = F_nk * (V_nn.mT @ (unit_mn.mT @ R_V_mk + R_mn.mT @ unit_V_mk))
+    halved_n = torch.ones_like(lambda_n).scatter(-1, index_k, 0.5)
+    Y_nk = V_nn @ (halved_n.unsqueeze(-1) * S_nk)
+    D_mn = torch.baddbmm(unit_V_mk @ Y_nk.mT, R_V_mk * root_k + unit_mn @ Y_nk, V_nk.mT, beta=2, alpha=2)
+    return R_mn.square().sum((-2, -1)), D_mn
 
 
 def _projection(V_nn: Tensor, root_n: Tensor) -> Tensor:
+    """P = V diag(p) V^T."""
     return (V_nn * root_n.unsqueeze(-2)) @ V_nn.mT
 
 
-def _gradient_of_many(
-    student_mn: Tensor, gap_mn: Tensor, sigma_n: Tensor, V_nn: Tensor, root_n: Tensor, smoothing: float
-) -> Tensor:
-    F_nn, scale = _divided_differences(sigma_n, sigma_n, root_n, root_n, smoothing)
-    unit_mn = student_mn / scale
-    B_nn = V_nn.mT @ (unit_mn.mT @ gap_mn) @ V_nn
-    S_nn = 2 * F_nn * (B_nn + B_nn.mT)
-    return gap_mn @ (2 * _projection(V_nn, root_n)) + unit_mn @ (V_nn @ S_nn @ V_nn.mT)
+def _eigenbasis(unit_mn: Tensor, driver: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (rows, n), rising, and eigenvectors (rows, n, n) of A^T A."""
+    if driver == "svd":
+        sigma_n, V_nn = right_singular_of_unit(unit_mn, driver)
+        return sigma_n.square().flip(-1), V_nn.flip(-1)
+    lambda_n, V_nn = torch.linalg.eigh(unit_mn.mT @ unit_mn)
+    return lambda_n, V_nn
 
 
-def _gradient_of_few(
-    student_mn: Tensor,
-    gap_mn: Tensor,
-    sigma_n: Tensor,
-    V_nn: Tensor,
-    root_n: Tensor,
-    index_k: Tensor,
-    smoothing: float,
-) -> Tensor:
-    """With Y = V S_nk, where the rows of S in K are halved, V S V^T is Y V_K^T + V_K Y^T."""
-    V_nk, root_k = columns(V_nn, index_k), root_n.gather(-1, index_k)
-    F_nk, scale = _divided_differences(sigma_n, sigma_n.gather(-1, index_k), root_n, root_k, smoothing)
-    unit_mn = student_mn / scale
-    unit_V_mk, gap_V_mk = unit_mn @ V_nk, 2 * (gap_mn @ V_nk)
-    S_nk = F_nk * (V_nn.mT @ (unit_mn.mT @ gap_V_mk + 2 * (gap_mn.mT @ unit_V_mk)))
-    halved_n = torch.ones_like(sigma_n).scatter(-1, index_k, 0.5)
-    Y_nk = V_nn @ (halved_n.unsqueeze(-1) * S_nk)
-    return (gap_V_mk * root_k.unsqueeze(-2) + unit_mn @ Y_nk) @ V_nk.mT + unit_V_mk @ Y_nk.mT
-
-
-def _divided_differences(
-    sigma_i: Tensor, sigma_j: Tensor, p_i: Tensor, p_j: Tensor, smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """F (..., i, j) of singular values in units of the largest one, and that unit (..., 1, 1).
+def _divided_differences(lambda_i: Tensor, lambda_j: Tensor, steps: Tensor, smoothing: float) -> Tensor:
+    """F (rows, i, j) = (p_i - p_j) / (lambda_i - lambda_j), where lambda_i has all eigenvalues, the largest one last.
 
     Where two singular values coincide but their weights differ the loss has no derivative; x / (x^2 + eps^2) instead of
     1 / x then gives 0 (the mean over the two orders) in place of infinity, and differs from 1 / x by (eps / x)^2
-    elsewhere. eps is the smoothing, or what rounding asks for.
+    elsewhere. x is in units of sigma_0^2; eps is the smoothing, or what rounding asks for.
     """
-    scale = sigma_i[..., :1].clamp(min=torch.finfo(sigma_i.dtype).tiny)
-    gap = (sigma_i / scale).square().unsqueeze(-1) - (sigma_j / scale).square().unsqueeze(-2)
+    largest = lambda_i[..., -1:].clamp(min=_SMALLEST).unsqueeze(-1)
+    gap = (lambda_i.unsqueeze(-1) - lambda_j.unsqueeze(-2)) / largest
     eps = max(smoothing, 100 * torch.finfo(gap.dtype).eps)
-    return (p_i.unsqueeze(-1) - p_j.unsqueeze(-2)) * gap / (gap.square() + eps**2), scale.unsqueeze(-1)
+    return steps * gap / (gap.square().add_(eps**2).mul_(largest))

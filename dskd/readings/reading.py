@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -21,10 +21,14 @@ class Reading(ABC):
     Attributes:
         span: the update that `choose` gets: of the last "step", or of the whole "interval" since the last choice.
         gradual: whether a choice changes little, and `weights` takes a decomposition to see it.
+        lasting: what of a target no choice changes, by its names.
+        any_shape: whether the teacher's matrices may be of another shape than the student's.
     """
 
     span = "step"
     gradual = False
+    lasting: ClassVar[tuple[str, ...]] = ()
+    any_shape = False
 
     @abstractmethod
     def start(self, student_mn: Tensor) -> State:
@@ -47,7 +51,7 @@ class Reading(ABC):
         Args:
             teacher_mn: (rows, m, n), constants.
             chosen: the present state.
-            former: the target before the last choice; empty at first.
+            former: what is `lasting` of the target before the last choice; empty at first.
         """
         return {"teacher": teacher_mn}
 

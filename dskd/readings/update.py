@@ -9,6 +9,7 @@ from ..matrices import check_driver, columns, right_singular, tall, unit_scale
 from ..sensitivity import (
     Score,
     check_rank,
+    check_score,
     padded,
     scored_directions,
     select_directions,
@@ -33,7 +34,7 @@ class Update(Reading):
         span: see `Reading`.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError, TypeError: a setting out of range.
     """
 
     rank: int = 32
@@ -44,16 +45,17 @@ class Update(Reading):
     def __post_init__(self) -> None:
         check_rank(self.rank)
         check_driver(self.driver)
+        check_score(self.score)
         check_span(self.span)
 
     def start(self, student_mn: Tensor) -> State:
-        tall_mn, weights_r = unit_scale(tall(student_mn)), uniform_weights(student_mn, self.rank)
+        tall_mn, weights_r = unit_scale(tall(student_mn))[0], uniform_weights(student_mn, self.rank)
         _, V_nq = right_singular(tall_mn, self.driver, selected_count(self.rank, tall_mn.shape[-1]))
         return {"weights": weights_r, **self._directions(tall_mn, V_nq, weights_r, student_mn)}
 
     def choose(self, update_mn: Tensor, gradient_mn: Tensor, progress: float, chosen: State) -> State:
         """As `Own.choose`; besides `left` (rows, m, k) and `right` (rows, n, k), the selected u_i and v_i."""
-        tall_mn, gradient_mn = unit_scale(tall(update_mn)), unit_scale(tall(gradient_mn))
+        tall_mn, gradient_mn = unit_scale(tall(update_mn))[0], unit_scale(tall(gradient_mn))[0]
         scores_n, sigma_q, V_nq = scored_directions(self.score, tall_mn, gradient_mn, progress, self.driver, self.rank)
         weights_n = select_directions(scores_n, self.rank)
         spectrum_n = padded(sigma_q / sigma_q[..., :1], scores_n.shape[-1])

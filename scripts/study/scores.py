@@ -1,20 +1,34 @@
-"""How far the directions that the authors' release chooses are from the method's, while the vision recipe trains."""
+"""How far the directions that the authors' release chooses are from the method's, while the vision recipe trains.
+
+python -m scripts.study.scores --cifar100 data/cifar100
+
+The teacher is the trained ResNet56 that cv/train_svd.py would find, except with --quick: random weights. Writes
+scores.json.
+"""
 
 from pathlib import Path
 
 import torch
 
-from common.svd_loss import direction_sensitivity, select_directions
+from common.run.errors import run_cli
+from dskd import direction_sensitivity, select_directions
+from dskd.groups import Pairs
+from dskd.matrices import as_matrix
+from scripts.lib.benchmark.command import command, parse
 from scripts.lib.benchmark.timing import table, write
-from scripts.study.held_gradient import Pairs
-from scripts.study.observed_runs import Plan, observe_cv
+from scripts.study.held_gradient import Plan
 
-FULL = Plan(steps=500, batch=64, svd_steps=50, ages=(), stages={})
-QUICK = Plan(steps=4, batch=4, svd_steps=2, ages=(), stages={})
+FULL = Plan(steps=500, batch=64, svd_steps=50)
+QUICK = Plan(steps=4, batch=4, svd_steps=2)
 NAMES = {
     "order": "scores in falling order, given to the largest singular values (CIFAR code)",
     "curvature": "curvature from diag(F1 diag(sigma^2) F2)",
 }
+
+
+def main() -> None:
+    args = parse(command(__doc__, "--cifar100"))
+    print(run(args.output, args.quick, args.cifar100))
 
 
 class ScoreOverlaps:
@@ -33,16 +47,15 @@ class ScoreOverlaps:
 
     def before_step(self, step: int) -> None:
         if step % self.svd_steps == 0:
-            self._before = [(W.detach().clone(), W.grad.detach().clone()) for _, W, _ in self.pairs]
+            self._before = [(W.detach().clone(), W.grad.clone()) for _, W, _ in self.pairs]
 
     def after_step(self, step: int) -> None:
         if step % self.svd_steps:
             return
         for (_, W, _), (start, grad) in zip(self.pairs, self._before, strict=True):
-            dW, G = ((W.detach() - start).flatten(1).double(), grad.flatten(1).double())
+            dW, G = (as_matrix(matrix).double() for matrix in (W.detach() - start, grad))
             progress = (step - 1) / self.total
-            scores = direction_sensitivity(dW, G, progress)
-            ours = select_directions(scores, self.rank)
+            ours = select_directions(direction_sensitivity(dW, G, progress), self.rank)
             others = {"order": ours.sort(descending=True).values, "curvature": self._mixed_curvature(dW, G, progress)}
             for name, weights in others.items():
                 self.overlaps[name].append(torch.minimum(ours, weights).sum().item())
@@ -57,15 +70,12 @@ class ScoreOverlaps:
 
 
 def run(folder: Path, quick: bool, cifar100: str) -> str:
-    """Trains ResNet56 -> ResNet20 with DSKD, writes scores.json; returns the table.
+    """Trains ResNet56 -> ResNet20 with DSKD, arguments as of the command line; returns the table."""
+    from scripts.study.observed_runs import observe_cv
 
-    Args:
-        cifar100: folder of CIFAR-100. The teacher is the trained ResNet56 that cv/train_svd.py would find, except with
-            `quick`: random weights.
-    """
     plan = QUICK if quick else FULL
     observed, case = observe_cv(
-        plan, cifar100, quick, lambda pairs, dskd: ScoreOverlaps(pairs, dskd.rank, dskd.svd_steps, plan.steps)
+        plan, cifar100, quick, lambda pairs, dskd: ScoreOverlaps(pairs, dskd.reading.rank, plan.svd_steps, plan.steps)
     )
     values = {name: torch.tensor(found) for name, found in observed.overlaps.items()}
     overlaps = {name: {"mean": v.mean().item(), "worst": v.min().item(), "n": len(v)} for name, v in values.items()}
@@ -79,3 +89,7 @@ def run(folder: Path, quick: bool, cifar100: str) -> str:
         for name, o in overlaps.items()
     ]
     return f"{table(rows)}\n\n{path}"
+
+
+if __name__ == "__main__":
+    run_cli(main)

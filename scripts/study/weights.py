@@ -6,6 +6,7 @@ python -m scripts.study.weights outputs/reproduce/*-seed1-* --output results/sta
 import argparse
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from common.matrices import as_matrix
@@ -13,7 +14,7 @@ from common.run.errors import Parser, UserError, run_cli
 from common.run.files import check_writable, write_text
 from common.torchvision_repair import repair_torchvision
 from scripts.lib.report.load import load_run
-from scripts.lib.report.networks import has_networks, weight_pairs
+from scripts.lib.report.networks import Pairs, has_networks, weight_pairs
 
 
 def main() -> None:
@@ -28,8 +29,6 @@ def main() -> None:
         if args.output.is_dir():
             raise UserError(f"--output {args.output} is a folder; give the name of a file")
     repair_torchvision()
-    import pandas as pd
-
     lines = []
     for folder in args.folders:
         run = load_run(folder)
@@ -47,25 +46,18 @@ def main() -> None:
         write_text(args.output, table.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
 
 
-def closeness(pairs) -> dict[str, float]:
+def closeness(pairs: Pairs) -> dict[str, float]:
     """Mean, lowest and highest cosine of W_s and W_t over the pairs; means of ||W_s - W_t||_F / ||W_t||_F, of ||W_s||_F
     and of the largest singular value of W_s."""
-    cosines, distances, norms, largest = [], [], [], []
-    for _, student, teacher in pairs:
-        largest.append(float(torch.linalg.matrix_norm(as_matrix(student.detach()).double(), 2)))
-        student, teacher = student.detach().double().flatten(), teacher.detach().double().flatten()
-        norms.append(float(student.norm()))
-        cosines.append(float(student @ teacher / (student.norm() * teacher.norm())))
-        distances.append(float((student - teacher).norm() / teacher.norm()))
-    count = len(cosines)
-    return {
-        "cosine": sum(cosines) / count,
-        "lowest": min(cosines),
-        "highest": max(cosines),
-        "distance": sum(distances) / count,
-        "norm": sum(norms) / count,
-        "sigma_1": sum(largest) / count,
-    }
+    rows = []
+    for _, *weights in pairs:
+        student, teacher = (as_matrix(weight.detach()).double() for weight in weights)
+        row = {"sigma_1": torch.linalg.matrix_norm(student, 2), "norm": student.norm()}
+        row["cosine"] = (student * teacher).sum() / (student.norm() * teacher.norm())
+        rows.append(row | {"distance": (student - teacher).norm() / teacher.norm()})
+    table = pd.DataFrame(rows).astype(float)
+    means, bounds = table.mean(), {"lowest": table["cosine"].min(), "highest": table["cosine"].max()}
+    return {"cosine": means["cosine"], **bounds, **means[["distance", "norm", "sigma_1"]]}
 
 
 if __name__ == "__main__":

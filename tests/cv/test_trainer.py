@@ -228,9 +228,7 @@ def test_dskd_is_told_the_share_of_the_planned_steps(tmp_path, teacher, monkeypa
     told = []
     begin = DirectionSensitivityLoss.begin_step
     monkeypatch.setattr(
-        DirectionSensitivityLoss,
-        "begin_step",
-        lambda self, progress, *skip: told.append(progress) or begin(self, progress, *skip),
+        DirectionSensitivityLoss, "begin_step", lambda self, at, skip: told.append(at) or begin(self, at, skip)
     )
     short_run(tmp_path, teacher, "SOLVER.EPOCHS 2 DSKD.ENABLED true")
     assert told == [step / 8 for step in range(8)]

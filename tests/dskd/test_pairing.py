@@ -56,7 +56,7 @@ def test_pairs_hold_the_very_weights_of_the_named_layers():
 
 
 def test_a_shape_mismatch_names_both_layers_and_both_shapes():
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="layer pair of different shapes") as caught:
         pair_weights(network(a=(3, 2)), network(b=(5, 4)), [("a", "b")])
     assert all(part in str(caught.value) for part in ("student a (2, 3)", "teacher b (4, 5)"))
 

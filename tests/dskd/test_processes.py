@@ -27,7 +27,7 @@ CASES = {basis: {"basis": basis} for basis in ("own", "update")} | {
 
 def run(case: str) -> dict[str, Tensor]:
     """Five steps with refreshes after 2 and 4, the latter skipping a pair; all numbers that ranks must share."""
-    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # rank 0's counts
+    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # of which nothing may depend
     generator = torch.Generator().manual_seed(5)
 
     def draw(shape) -> Tensor:
@@ -35,7 +35,7 @@ def run(case: str) -> dict[str, Tensor]:
 
     students = {name: nn.Parameter(draw(shape)) for name, shape in SHAPES.items()}
     pairs = [(name, weight, draw(weight.shape)) for name, weight in students.items()]
-    dskd = make_loss(pairs, **{"rank": 3, "svd_steps": 2, **CASES[case]})
+    dskd = make_loss(pairs, **{"rank": 3, "svd_steps": 2, "seed": 1, **CASES[case]})
     optimizer = torch.optim.SGD(students.values(), lr=0.05)
     numbers = {}
     for step in range(5):
@@ -57,7 +57,7 @@ def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for case in CASES:
         torch.save(run(case), f"{folder}/{case}{rank}.pt")
-    shared = {"share": share(range(5)), "exchange": exchange(torch.tensor([1.0 + rank, 10.0]).expand(2, 2).mT)}
+    shared = {"share": share(range(5))}
     for count in (1, 5):  # of one item rank 1 has no share
         shared[f"collect {count}"] = collect(torch.tensor([[10.0 * i] for i in share(range(count))]).view(-1, 1), count)
     torch.save(shared, f"{folder}/shared{rank}.pt")
@@ -91,11 +91,6 @@ def test_ranks_take_every_second_item(two_ranks):
     assert [load(two_ranks, f"shared{rank}")["share"] for rank in range(2)] == [[0, 2, 4], [1, 3]]
 
 
-def test_ranks_exchange_their_sum(two_ranks):
-    for rank in range(2):
-        assert load(two_ranks, f"shared{rank}")["exchange"].tolist() == [[3.0, 3.0], [20.0, 20.0]]
-
-
 @pytest.mark.parametrize("count", [1, 5])
 def test_ranks_collect_the_results_of_all_in_order(two_ranks, count):
     for rank in range(2):
@@ -110,7 +105,3 @@ def test_one_process_collects_its_own():
 
 def test_one_process_takes_everything():
     assert share([4, 7, 9]) == [4, 7, 9]
-
-
-def test_one_process_exchanges_nothing():
-    assert exchange(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]

@@ -1,6 +1,8 @@
 """A loss by the settings of the two programs, with defaults that fit small tests."""
 
 import torch
+from drawn import random
+from torch import nn
 
 from common.svd_loss import build_reading
 from dskd import DirectionSensitivityLoss
@@ -26,3 +28,18 @@ def make_loss(
     pairs = {"shuffled": lambda: shuffled(pairs, seed), "shrink": lambda: shrunk(pairs)}.get(direction, lambda: pairs)()
     reading = build_reading(values, seed)
     return DirectionSensitivityLoss(pairs, reading, svd_steps, grad_steps=grad_steps or svd_steps, drift=drift)
+
+
+def loss_of(shapes: list[tuple], **settings) -> tuple[DirectionSensitivityLoss, list[nn.Parameter]]:
+    students = [nn.Parameter(random(*shape, seed=i)) for i, shape in enumerate(shapes)]
+    pairs = [(str(i), W, random(*W.shape, seed=100 + i)) for i, W in enumerate(students)]
+    return make_loss(pairs, **{"rank": 3} | settings), students
+
+
+def move(dskd: DirectionSensitivityLoss, students: list[nn.Parameter], share: float) -> None:
+    """A step in which every matrix moves by a share of its norm, in a direction that changes with the step."""
+    dskd().backward()
+    with dskd.observe(progress=0.5), torch.no_grad():
+        for i, W in enumerate(students):
+            along = random(*W.shape, seed=1000 * dskd.steps + i)
+            W += share * W.norm() * along / along.norm()

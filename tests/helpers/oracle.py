@@ -1,4 +1,4 @@
-"""The method written down a second time: float64 numpy, one singular triplet at a time, nothing shared with common/.
+"""The method written down a second time: float64 numpy, one singular triplet at a time, nothing shared with dskd/.
 
 Every function takes single (m, n) matrices and follows the formulas in docs/method.md to the letter, without floors or
 guards: it is meant for matrices in general position (distinct, positive singular values).
@@ -129,4 +129,25 @@ def finite_difference(function, matrix, step: float = 1e-6) -> np.ndarray:
         bump = np.zeros_like(matrix)
         bump[index] = step
         result[index] = (function(matrix + bump) - function(matrix - bump)) / (2 * step)
+    return result
+
+
+def spectrum_scale(student_at_start, teacher) -> float:
+    """c of the reading Spectrum: equal energy in the leading min(r_s, r_t) directions of both."""
+    ours, theirs = ([sigma for _, sigma, _ in triplets(matrix)] for matrix in (student_at_start, teacher))
+    r = min(len(ours), len(theirs))
+    return float(np.sqrt(sum(s**2 for s in ours[:r]) / sum(s**2 for s in theirs[:r])))
+
+
+def spectrum_loss(student, teacher, w, scale: float) -> float:
+    """sum_i w_i (sigma_i(W_s) - c sigma_i(W_t))^2 over the directions that both have."""
+    both = zip(w, triplets(student), triplets(teacher), strict=False)
+    return float(sum(w_i * (ours - scale * theirs) ** 2 for w_i, (_, ours, _), (_, theirs, _) in both))
+
+
+def spectrum_gradient(student, teacher, w, scale: float) -> np.ndarray:
+    """The gradient of `spectrum_loss`: sum_i 2 w_i (sigma_i(W_s) - c sigma_i(W_t)) u_i v_i^T."""
+    result = np.zeros_like(as_array(student))
+    for w_i, (u, ours, v), (_, theirs, _) in zip(w, triplets(student), triplets(teacher), strict=False):
+        result += 2 * w_i * (ours - scale * theirs) * np.outer(u, v)
     return result

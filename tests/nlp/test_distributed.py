@@ -84,16 +84,16 @@ def test_both_ranks_took_part(ranks):
 
 
 def test_both_ranks_choose_the_same_directions(ranks):
-    for one, other in zip(ranks.first["dskd"]["groups"], ranks.second["dskd"]["groups"], strict=True):
-        assert one["weights"] is not None
+    for one, other in zip(ranks.first["dskd"]["chosen"], ranks.second["dskd"]["chosen"], strict=True):
+        assert one["spectrum"].any()  # chosen, no longer the first ones
         for key in ("weights", "left", "right"):
             assert torch.equal(one[key], other[key])
 
 
 def test_both_ranks_hold_the_same_gradient_of_dskd(ranks):
-    (constant, gradients), (other_constant, other_gradients) = ranks.first["dskd"]["held"], ranks.second["dskd"]["held"]
-    assert torch.equal(constant, other_constant)
-    assert all(torch.equal(one, other) for one, other in zip(gradients, other_gradients, strict=True))
+    held, other = ranks.first["dskd"]["held"], ranks.second["dskd"]["held"]
+    assert torch.equal(held["value"], other["value"])
+    assert all(torch.equal(*pair) for pair in zip(held["gradients"], other["gradients"], strict=True))
 
 
 @pytest.mark.parametrize("epoch", [0, 1])

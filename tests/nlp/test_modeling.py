@@ -19,8 +19,8 @@ from transformers import (
 from bert_of_theseus.modeling import TheseusModel, copied_layers, encoder_layers, layer_pairs
 from bert_of_theseus.schedules import replacing_schedule
 from bert_of_theseus.training import compile_layers
-from common.pairing import linear_names
 from common.run.errors import UserError
+from dskd.pairing import linear_names
 
 SIZES = {
     "vocab_size": len(VOCABULARY),

@@ -32,6 +32,7 @@ from bert_of_theseus import pipeline
 from bert_of_theseus.training import METHOD_STATE, DistillationTrainer, MethodStateCallback, last_checkpoint
 from common import ROOT
 from common.run.errors import UserError
+from dskd import DirectionSensitivityLoss
 
 STORY = ("--finetune_predecessor", "--predecessor_num_train_epochs", "2", "--predecessor_learning_rate", "2e-3")
 STORY += ("--max_steps", "2", "--replacing_rate", "1.0", "--scheduler_type", "constant")
@@ -224,16 +225,16 @@ def test_dskd_pulls_the_student_towards_its_teacher(tiny, tmp_path):  # noqa: F8
 def test_dskd_is_told_the_progress_and_the_layers_that_no_batch_of_the_step_sampled(tiny, tmp_path, monkeypatch):  # noqa: F811
     observed, drawn = [], []
 
-    class Spy(pipeline.DirectionSensitivityLoss):
-        def observe(self, progress, skip=()):
-            observed.append((progress, {name.split(".")[0] for name in skip}))
-            return super().observe(progress, skip)
+    def begin(self, progress, skip):
+        observed.append((progress, {name.split(".")[0] for name in skip}))
+        return begin_step(self, progress, skip)
 
+    begin_step = DirectionSensitivityLoss.begin_step
     draw = pipeline.TheseusModel._draw
     monkeypatch.setattr(pipeline.TheseusModel, "_draw", lambda model: drawn.append(draw(model)) or drawn[-1])
-    monkeypatch.setattr(pipeline, "DirectionSensitivityLoss", Spy)
+    monkeypatch.setattr(DirectionSensitivityLoss, "begin_step", begin)
     more = ("--max_steps", "8", "--gradient_accumulation_steps", "2", "--per_gpu_train_batch_size", "2")
-    execute(flags(tiny, tmp_path, *more, *DSKD))
+    execute(flags(tiny, tmp_path, *more, *DSKD, "--svd_steps", "1"))  # they are asked for where a choice is due
     never = [{str(i) for i in range(2) if not (a[i] or b[i])} for a, b in zip(drawn[::2], drawn[1::2], strict=True)]
     assert observed == [(step / 8, unsampled) for step, unsampled in enumerate(never)]
     assert len({frozenset(unsampled) for unsampled in never}) > 1

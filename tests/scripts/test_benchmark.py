@@ -57,9 +57,9 @@ def test_curvature_writes_its_share_of_a_step(execute):
 
 
 def test_cv_writes_speed_and_memory_of_both_loops_in_both_precisions(execute, monkeypatch):
-    from scripts.lib.benchmark import loops, memory
+    from scripts.lib.benchmark import loops
 
-    monkeypatch.setattr(loops, "load_dataset", lambda name, root: memory.random_images(32))
+    monkeypatch.setattr(loops, "load_dataset", lambda name, root: loops.random_images(32))
     monkeypatch.setattr(loops, "peak_memory_apart", lambda loop, precision, *_: len(loop + precision))
     written, lines = execute("cv")
     for result in written["precisions"].values():
@@ -73,7 +73,7 @@ def test_cv_writes_speed_and_memory_of_both_loops_in_both_precisions(execute, mo
 
 def test_memory_is_that_of_the_loop_and_not_of_the_measuring_process(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from scripts.lib.benchmark.memory import peak_memory_apart
+    from scripts.lib.benchmark.loops import peak_memory_apart
 
     ballast = torch.ones(1_000_000_000, dtype=torch.uint8)
     peak = peak_memory_apart("plain", "fp32", batch=4, steps=1, images=8)
@@ -119,7 +119,7 @@ def test_an_output_that_cannot_be_written_is_found_out_first(execute, tmp_path, 
 
 
 def test_nlp_refuses_a_number_of_seeds_below_one(execute, glue_run):
-    with pytest.raises(UserError, match="--seeds 0"):
+    with pytest.raises(UserError, match="--seeds: '0' is not a whole number of at least 1"):
         execute("nlp", *glue_run, "--seeds", "0")
 
 

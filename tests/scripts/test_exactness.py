@@ -1,31 +1,36 @@
 """The study of the held gradient: its measurements on a pair with a closed form, and what is made of them."""
 
+import json
 import sys
 
 import numpy as np
 import pytest
 import torch
+from nlp_fixtures import write_model, write_rte
 from torch import nn
 
 from common import ROOT
-from common.matrices import DRIVERS
-from common.svd_loss import DirectionSensitivityLoss
+from dskd import DirectionSensitivityLoss, Own
+from dskd.matrices import DRIVERS
 
 sys.path.append(str(ROOT / "scripts"))
+from scripts.lib.benchmark.loops import random_images
+from scripts.study import exactness, observed_runs
 from scripts.study.exactness import adaptive_interval, applied
 from scripts.study.held_gradient import HeldGradient, Reference
 
 
 @pytest.fixture(scope="module")
 def observed() -> tuple[HeldGradient, list[np.ndarray], np.ndarray]:
-    """5 steps on one 4 x 3 pair, directions chosen after 3; the weights after every step, and the teacher's."""
+    """5 steps on one 4 x 3 pair, directions chosen after 3, gradients kept after 0, 1 and 3; the weights after every
+    step, and the teacher's."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(4, 3, generator=generator) for _ in range(2))
     student = nn.Parameter(student)
     noise = torch.randn(6, 4, 3, generator=generator)
-    dskd = DirectionSensitivityLoss([("a", student, teacher)], rank=0, svd_steps=3)
+    dskd = DirectionSensitivityLoss([("a", student, teacher)], Own(rank=0), svd_steps=3)
     optimizer = torch.optim.SGD([student], lr=0.1)
-    held = HeldGradient([("a", student, teacher)], dskd, {"first": [0], "second": [3]}, ages=(1, 2), total=6)
+    held = HeldGradient([("a", student, teacher)], dskd, {"first": [0, 1], "second": [3]}, total=6)
     weights = [student.detach().double().numpy().copy()]
     for step in range(5):
         optimizer.zero_grad()
@@ -43,7 +48,6 @@ def test_the_cosine_is_that_of_the_exact_gradients(observed):
     held, weights, teacher = observed
     gaps = [(W - teacher).ravel() for W in weights[:3]]
     expected = [gaps[0] @ gap / np.linalg.norm(gaps[0]) / np.linalg.norm(gap) for gap in gaps]
-    assert held.references[0].ages == [0, 1, 2]
     np.testing.assert_allclose(np.ravel(held.references[0].cosine[0.0]), expected, rtol=1e-6)
 
 
@@ -62,36 +66,44 @@ def test_the_value_is_compared_with_its_first_order_expansion(observed):
     np.testing.assert_allclose(held.references[0].value_error, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_gradient_is_compared_at_every_age_until_directions_are_chosen_anew(observed):
+    ages = {(r.stage, r.step): len(r.drift) for r in observed[0].references}
+    assert ages == {("first", 0): 3, ("first", 1): 2, ("second", 3): 3}
+
+
 def test_every_driver_is_compared_where_directions_were_chosen(observed):
-    first, second = observed[0].references
-    assert first.overlap == {}
     for driver in DRIVERS:
-        assert second.overlap[driver] == pytest.approx([1.0], abs=1e-4)
-        assert second.gradient[driver] == pytest.approx([1.0], abs=1e-6)
+        assert observed[0].overlap[driver] == pytest.approx([1.0], abs=1e-4)
+        assert observed[0].references[-1].gradient[driver] == pytest.approx([1.0], abs=1e-6)
 
 
-REFERENCE = Reference(
-    "stage",
-    0,
-    ages=[0, 1, 3],
-    cosine={0.0: [[1.0, 1.0], [0.9, 1.0], [0.5, 0.8]]},
-    drift=[[0.0, 0.0], [0.02, 0.01], [0.04, 0.05]],
-)
+COSINES = [[1.0, 1.0], [0.9, 1.0], [0.7, 0.9], [0.5, 0.8]]
+DRIFT = [[0.0, 0.0], [0.02, 0.01], [0.03, 0.03], [0.04, 0.05]]
+REFERENCE = Reference("stage", 0, cosine={0.0: COSINES}, drift=DRIFT, along_update=COSINES)
+SHORT = Reference("stage", 2, cosine={0.0: COSINES[:2]}, drift=DRIFT[:2], along_update=COSINES[:2])
 
 
 def test_the_applied_gradient_is_averaged_over_the_interval():
-    np.testing.assert_allclose(applied(REFERENCE, 1), [1.0, 1.0])
-    np.testing.assert_allclose(applied(REFERENCE, 3), [(1.0 + 0.9 + 0.7) / 3, (1.0 + 1.0 + 0.9) / 3])
+    np.testing.assert_allclose(applied(COSINES, 1), [1.0, 1.0])
+    np.testing.assert_allclose(applied(COSINES, 3), [(1.0 + 0.9 + 0.7) / 3, (1.0 + 1.0 + 0.9) / 3])
 
 
-@pytest.mark.parametrize(("threshold", "steps"), [(0.01, 1), (0.02, 2), (0.035, 3), (0.1, 3)])
+def test_an_interval_that_a_choice_cuts_short_is_no_part_of_the_mean(monkeypatch):
+    monkeypatch.setattr(exactness, "SMOOTHINGS", (0.0,))
+    monkeypatch.setattr(exactness, "INTERVALS", (1, 2, 4, 8))
+    found = exactness._by_interval([REFERENCE, SHORT])
+    assert found[0.0].keys() == {1, 2, 4}
+    assert found[0.0][2]["mean"] == pytest.approx(np.mean(COSINES[:2]))
+    assert found[0.0][4]["mean"] == pytest.approx(np.mean(COSINES))
+
+
+@pytest.mark.parametrize(("threshold", "steps"), [(0.01, 1), (0.02, 2), (0.035, 3), (0.1, 4)])
 def test_the_adaptive_rule_ends_an_interval_when_any_pair_has_moved_too_far(threshold, steps):
     assert adaptive_interval(REFERENCE, threshold) == steps
 
 
-def test_the_basis_update_is_compared_where_directions_were_chosen(observed):
+def test_the_basis_update_is_compared_along_the_last_choice(observed):
     held, weights, teacher = observed
-    assert held.references[0].along_update == []
     w = held.dskd.direction_weights()["a"].double().numpy()
     U, _, Vh = np.linalg.svd(weights[3] - weights[2], full_matrices=False)
     gradients = [
@@ -99,4 +111,23 @@ def test_the_basis_update_is_compared_where_directions_were_chosen(observed):
         for W in weights[3:6]
     ]
     expected = [gradients[0] @ g / np.linalg.norm(gradients[0]) / np.linalg.norm(g) for g in gradients]
-    np.testing.assert_allclose(np.ravel(held.references[1].along_update), expected, rtol=1e-4)
+    np.testing.assert_allclose(np.ravel(held.references[-1].along_update), expected, rtol=1e-4)
+
+
+def test_the_study_trains_by_both_recipes_and_writes_its_tables(tmp_path, monkeypatch, capsys):
+    write_rte(tmp_path / "RTE", train=24, dev=12)
+    monkeypatch.setattr(observed_runs, "load_dataset", lambda name, root: random_images(32))
+    monkeypatch.setattr(observed_runs, "LENGTH", 32)
+    words = ["--quick", "--output", tmp_path, "--glue", tmp_path, "--model", write_model(tmp_path / "model")]
+    monkeypatch.setattr(sys, "argv", ["exactness", *map(str, words)])
+    exactness.main()
+    written = json.loads((tmp_path / "exactness.json").read_text())
+    for result in (written["cv"], written["nlp"]):
+        assert [(r["step"], r["ages"]) for r in result["references"]] == [
+            (step, [0, 1, 2] if step % 4 == 0 else [0, 1]) for step in (0, 2, 4, 6, 8, 10)
+        ]
+        for stage in result["by_grad_steps"].values():
+            assert stage["0.0"]["1"]["mean"] == pytest.approx(1.0)
+            assert stage.keys() == {"0.0", "0.003", "0.01", "0.03", "update"}
+    assert (tmp_path / "exactness.svg").is_file()
+    assert "gradient of the authors' release" in capsys.readouterr().out

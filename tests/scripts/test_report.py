@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.cv_fixtures import read_run, save_teacher, short_config
-from tests.nlp_fixtures import execute, flags, tiny, weights_of  # noqa: F401
+from cv_fixtures import read_run, save_teacher, short_config
+from nlp_fixtures import execute, flags, tiny, weights_of  # noqa: F401
 
 from common.run.choices import ChoiceLog
 from common.run.errors import UserError
@@ -22,10 +22,12 @@ from common.svd_loss import DirectionSensitivityLoss
 from cv.config import as_dict
 from cv.trainer import train
 from scripts import report as script
-from scripts.lib.report import plots, single
+from scripts.lib.report import plots
 from scripts.lib.report.heatmaps import overlaps, thinned
-from scripts.lib.report.load import Choice, Selected, labels, load_run
+from scripts.lib.report.labels import labels
+from scripts.lib.report.load import Choice, Selected, load_run
 from scripts.lib.report.networks import weight_pairs
+from scripts.lib.report.page import report
 from scripts.lib.report.spectra import first_middle_last, singular_values, weight_spectrum
 
 HOSTILE = '<script>alert("x")</script>'
@@ -249,6 +251,13 @@ def test_the_report_of_a_real_vision_run_has_both_spectra_of_every_pair(vision, 
     assert spectra_of(page_of(monkeypatch, vision / "run")) == [pairs, pairs]
 
 
+def test_the_report_of_a_vision_run_has_the_score_of_its_teacher_on_the_same_images(vision, monkeypatch):
+    row = '<th scope="row">teacher</th><td>10.00 %</td>'  # as the teacher's model.json says
+    assert row in page_of(monkeypatch, vision / "run")
+    monkeypatch.setattr("scripts.lib.report.networks.read_object", lambda path: {"accuracy": 10.0, "held_out": 9})
+    assert row not in page_of(monkeypatch, vision / "run")
+
+
 def test_the_report_of_a_real_text_run_has_both_spectra(text, monkeypatch):
     lines = [line["weights"] for line in read_lines(folder_of(text))]
     chosen = {pair for weights in lines for pair in weights if any(weights[pair]["sigma"])}
@@ -286,7 +295,7 @@ def test_the_teacher_of_a_run_that_trained_its_predecessor_is_that_one(tmp_path,
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory) -> str:
     """The page of a finished text run with DSKD."""
-    return single.report(load_run(text_run(tmp_path_factory.mktemp("shown"))))
+    return report([load_run(text_run(tmp_path_factory.mktemp("shown")))])
 
 
 def test_the_page_stands_alone_and_is_accessible(shown):
@@ -445,10 +454,16 @@ def test_labels_of_different_methods_say_what_else_differs(tmp_path):
     assert labels(runs) == ["kd, seed 4, learning rate 0.05", "kd + DSKD (update), seed 4, learning rate 0.1"]
 
 
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """The figures that are drawn, with their layout done."""
+    drawn = []
+    monkeypatch.setattr(plots, "svg", lambda figure: drawn.append(figure) or figure.draw_without_rendering())
+    return drawn
+
+
 @pytest.mark.parametrize("count", [2, 5])
-def test_a_legend_of_long_labels_fits_into_its_plot_and_leaves_room_for_the_curves(monkeypatch, count):
-    figures = []
-    monkeypatch.setattr(plots, "svg", lambda figure: figures.append(figure) or figure.draw_without_rendering())
+def test_a_legend_of_long_labels_fits_into_its_plot_and_leaves_room_for_the_curves(figures, count):
     points = (np.arange(3.0), np.arange(3.0))
     long = "dkd + DSKD (own, shuffled), from the teacher, seed {}, learning rate 0.05, SVD steps 1000"
     plots.curves({long.format(seed): points for seed in range(count)}, "loss")
@@ -457,6 +472,33 @@ def test_a_legend_of_long_labels_fits_into_its_plot_and_leaves_room_for_the_curv
     assert box.x0 >= 0
     assert box.x1 <= figure.bbox.width
     assert axis.get_window_extent().height > 1.7 * figure.dpi
+
+
+@pytest.mark.parametrize(("values", "height"), [([96.0, 96.2], 1), ([90.0, 96.0], 6.6)])
+def test_an_axis_of_a_metric_does_not_magnify_noise(figures, values, height):
+    plots.curves({"top1": (np.arange(2), np.array(values))}, "top1 (%)", span=1)
+    low, high = figures[0].axes[0].get_ylim()
+    assert high - low == pytest.approx(height)
+    assert (low + high) / 2 == pytest.approx(np.mean(values))
+
+
+def test_a_single_point_is_drawn_as_a_dot_and_explained(tmp_path, monkeypatch, figures):
+    plots.curves({"loss": (np.array([3.0]), np.array([0.7]))}, "loss")
+    assert figures[0].axes[0].lines[0].get_marker() == "o"
+    monkeypatch.undo()
+    assert "A dot alone is a single value" in page_of(monkeypatch, vision_run(tmp_path))
+
+
+def test_a_run_with_dskd_has_the_score_of_the_same_run_without_it(tmp_path, monkeypatch):
+    same, other = {"dskd": False}, {"dskd": False, "learning_rate": 1e-4}
+    folders = [text_run(tmp_path / "on"), text_run(tmp_path / "other", **other), text_run(tmp_path / "off", **same)]
+    result = json.loads((folders[2] / "result.json").read_text())
+    (folders[2] / "result.json").write_text(json.dumps({**result, "last": 0.7}))
+    page = page_of(monkeypatch, *folders, "--output", tmp_path / "all.html")
+    assert page.count(" with it)") == 1
+    assert "<td>0.7000 (+0.0100 with it)</td>" in page
+    alone = page_of(monkeypatch, *folders[:2], "--output", tmp_path / "two.html")
+    assert " with it)" not in alone
 
 
 def test_runs_of_equal_settings_are_named_by_their_folders(tmp_path):

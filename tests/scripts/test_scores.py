@@ -1,8 +1,7 @@
-"""The benchmark of the release's choice of directions, on matrices whose answer is known."""
+"""The study of the release's choice of directions, on matrices whose answer is known."""
 
 import json
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ import torch
 from common import ROOT
 
 sys.path.append(str(ROOT / "scripts"))
-from scripts.lib.benchmark import observed_runs, scores
-from scripts.lib.benchmark.memory import random_images
+from scripts.lib.benchmark.loops import random_images
+from scripts.study import observed_runs, scores
 from scripts.study.scores import NAMES, ScoreOverlaps
 
 
@@ -52,10 +51,11 @@ def test_the_beginning_of_training_has_no_curvature_to_differ_in():
     assert observed(update, grad, step=1)["curvature"] == [pytest.approx(1.0)]
 
 
-def test_the_benchmark_trains_and_writes_both_overlaps(tmp_path, monkeypatch):
-    data = replace(random_images(32), classes=[str(i) for i in range(100)])
-    monkeypatch.setattr(observed_runs, "load_dataset", lambda name, root: data)
-    text = scores.run(tmp_path, True, "nowhere")
+def test_the_study_trains_and_writes_both_overlaps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(observed_runs, "load_dataset", lambda name, root: random_images(32))
+    monkeypatch.setattr(sys, "argv", ["scores", "--quick", "--output", str(tmp_path)])
+    scores.main()
+    text = capsys.readouterr().out
     written = json.loads((tmp_path / "scores.json").read_text())["overlap_of_the_direction_weights"]
     assert written.keys() == NAMES.keys()
     for overlap in written.values():

@@ -6,6 +6,7 @@ steps are one training, so that its end gives the metric that each loop reaches 
 
 import tempfile
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,9 @@ BATCH, LENGTH, LEARNING_RATE = 32, 128, 1e-4
 BLOCKS = 7  # of a training; the first one is the warm-up
 
 
-def run(folder: Path, quick: bool, glue: str, model: str, tasks: list[str], seeds: int, block: int, bf16: bool) -> str:
+def run(
+    folder: Path, quick: bool, glue: str, model: str, tasks: Sequence[str], seeds: int, block: int, precision: str
+) -> str:
     """Every task with seeds 1 to `seeds`, 7 blocks of `block` steps each; returns the table."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -34,13 +37,13 @@ def run(folder: Path, quick: bool, glue: str, model: str, tasks: list[str], seed
         size = {"batch": 4, "blocks": 2, "block": 1, "dev_examples": 8}
     results = {}
     for name in tasks:  # what is wrong with the last one's data is not to be found out after hours
-        load_data(_arguments(Path(glue) / name, name, model, 1, bf16, size["batch"], 1))
+        load_data(_arguments(Path(glue) / name, model, 1, precision, size["batch"], 1))
     for name in tasks:
-        runs = [_train(Path(glue) / name, name, model, seed, bf16, **size) for seed in range(1, seeds + 1)]
+        runs = [_train(Path(glue) / name, model, seed, precision, **size) for seed in range(1, seeds + 1)]
         results[name] = _task_results(runs, size["batch"] * size["block"])
     case = {
         "case": f"fine-tuning all layers of {Path(model).name}, batch {size['batch']}, at most {LENGTH} tokens",
-        "precision": "bf16" if bf16 else "fp32",
+        "precision": precision,
         "steps": size["blocks"] * size["block"],
         "steps_per_block": size["block"],
         "seeds": seeds,
@@ -50,23 +53,23 @@ def run(folder: Path, quick: bool, glue: str, model: str, tasks: list[str], seed
     return f"{table([_row(name, result) for name, result in results.items()])}\n\n{path}"
 
 
-def _arguments(data: Path, task: str, model: str, seed: int, bf16: bool, batch: int, steps: int) -> Namespace:
+def _arguments(data: Path, model: str, seed: int, precision: str, batch: int, steps: int) -> Namespace:
     """What a user of the training script would write."""
-    words = f"--do_train --do_eval --method finetune --task_name {task} --max_seq_length {LENGTH} --max_steps {steps}"
-    words += f" --learning_rate {LEARNING_RATE} --per_gpu_train_batch_size {batch} --seed {seed} --report_to none"
-    words += " --disable_tqdm --bf16" if bf16 else " --disable_tqdm"
+    words = f"--do_train --do_eval --method finetune --task_name {data.name} --max_seq_length {LENGTH}"
+    words += f" --max_steps {steps} --learning_rate {LEARNING_RATE} --per_gpu_train_batch_size {batch} --seed {seed}"
+    words += " --report_to none --disable_tqdm" + (" --bf16" if precision == "bf16" else "")
     return parse_arguments([*words.split(), "--model_name_or_path", model, "--data_dir", str(data), "--output_dir", ""])
 
 
 def _train(
-    data: Path, name: str, model: str, seed: int, bf16: bool, *, batch: int, blocks: int, block: int, dev_examples
+    data: Path, model: str, seed: int, precision: str, *, batch: int, blocks: int, block: int, dev_examples: int | None
 ) -> dict[str, dict]:
     """One training by each loop, block by block in turns: seconds of the blocks, tokens, metric and loss of both.
 
     dev_examples: how many to evaluate on, None for all.
     """
     steps = blocks * block
-    args = _arguments(data, name, model, seed, bf16, batch, steps)
+    args = _arguments(data, model, seed, precision, batch, steps)
     sets, task = load_data(args)
     if len(sets["train"]) < batch:
         raise UserError(f"{data}: {len(sets['train'])} training examples, fewer than the batch of {batch}")
@@ -81,44 +84,28 @@ def _train(
         dev = sets[task.dev_sets[0]]
         dev = tokenize(dev.subset(range(len(dev))[:dev_examples]), tokenizer, length)
         train = tokenize(sets["train"], tokenizer, length)
-        trainers = {
-            loop: SampledTrainer(
-                model=models[loop],
-                args=setup,
-                train_dataset=train,
-                processing_class=tokenizer,
-                data_collator=collator(tokenizer),
-                compute_metrics=metrics_function(task),
-            )
-            for loop in models
-        }
+        same = {"args": setup, "train_dataset": train, "processing_class": tokenizer}
+        same |= {"data_collator": collator(tokenizer), "compute_metrics": metrics_function(task)}
+        trainers = {loop: SampledTrainer(model=model, **same) for loop, model in models.items()}
         for trainer in trainers.values():
             trainer.remove_callback(PrinterCallback)
         padded = tokenize(sets["train"], tokenizer, length, pad_to_max_length=True)
-        plain = PlainGlue(
-            models["plain"], padded, batch=batch, learning_rate=LEARNING_RATE, total_steps=steps, bf16=bf16
-        )
+        plain = PlainGlue(models["plain"], padded, batch, LEARNING_RATE, steps, bf16=args.bf16)
         turns = Turns(plain.run, block)
         trainers["ours"].add_callback(turns)
         trainers["ours"].train()
         scores = {loop: trainer.evaluate(dev) for loop, trainer in trainers.items()}
     sampled = trainers["ours"].sampled
+    batches = {"ours": sampled.chosen, "ours, whole epoch": sampled.epoch}
+    # all examples of a batch are padded to its longest
+    tokens = {key: float(np.mean([train.lengths[batch].max() for batch in found])) for key, found in batches.items()}
     return {
         "seconds": {loop: seconds[1:] for loop, seconds in turns.seconds.items()},
-        "tokens": {
-            "ours": _padded_length(sampled.chosen, train.lengths),
-            "ours, whole epoch": _padded_length(sampled.epoch, train.lengths),
-            "plain": float(length),
-        },
+        "tokens": {**tokens, "plain": float(length)},
         "metric": {loop: score[f"eval_{task.primary}"] for loop, score in scores.items()},
         "loss": {loop: score["eval_loss"] for loop, score in scores.items()},
         "metric_name": task.primary,
     }
-
-
-def _padded_length(batches: list[list[int]], lengths: np.ndarray) -> float:
-    """Mean number of tokens of an example, padding to the longest of its batch included."""
-    return float(np.mean([lengths[batch].max() for batch in batches]))
 
 
 def _task_results(runs: list[dict], examples: int) -> dict:
@@ -139,19 +126,16 @@ def _task_results(runs: list[dict], examples: int) -> dict:
 
 
 def _row(name: str, result: dict) -> dict[str, str]:
-    rates, tokens = result["examples_per_second"], result["tokens_per_example"]
-    means = {loop: float(np.mean(values)) for loop, values in result["dev_metric"].items()}
+    tokens, means = result["tokens_per_example"], {k: np.mean(v) for k, v in result["dev_metric"].items()}
+    rates = {
+        f"{loop}, examples/s": f"{found['median']:.1f} ({found['min']:.1f} to {found['max']:.1f})"
+        for loop, found in result["examples_per_second"].items()
+    }
     return {
         "task": name,
-        "ours, examples/s": _rate(rates["ours"]),
-        "plain, examples/s": _rate(rates["plain"]),
+        **rates,
         "ratio": f"{result['ratio']:.2f}",
         "tokens of an example": f"{tokens['ours']:.0f} / {tokens['plain']:.0f}",
         "metric on dev": result["metric"],
-        "ours": f"{100 * means['ours']:.1f}",
-        "plain": f"{100 * means['plain']:.1f}",
+        **{loop: f"{100 * mean:.1f}" for loop, mean in means.items()},
     }
-
-
-def _rate(values: dict[str, float]) -> str:
-    return f"{values['median']:.1f} ({values['min']:.1f} to {values['max']:.1f})"

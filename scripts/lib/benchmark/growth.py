@@ -1,7 +1,6 @@
 """How the cost of DSKD grows: with the size of the matrices, the rank, the number of pairs, and the number of ranks."""
 
 import multiprocessing
-import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -11,9 +10,8 @@ import torch
 import torch.distributed as dist
 
 from common.run.figures import drawn
-from scripts.lib.benchmark.method import Case, parts
-from scripts.lib.benchmark.per_step_svd import per_step_svd_loss
-from scripts.lib.benchmark.timing import interleaved, table, write
+from scripts.lib.benchmark.method import GLUE, Case, parts, svd_in_every_step
+from scripts.lib.benchmark.timing import medians, summaries, table, write
 
 _LABELS = {
     "size": "columns and rows of a matrix (4 pairs, rank 32)",
@@ -34,11 +32,13 @@ def run(folder: Path, quick: bool) -> str:
     }
     path = write("growth", {"unit": "median seconds", "lines": lines}, folder)
     _plot(lines, folder)
-    tables = [
-        f"{_LABELS[name]}:\n\n" + table([{name: str(x), **_in_words(found)} for x, found in line.items()])
-        for name, line in lines.items()
-    ]
-    return "\n\n".join([*tables, str(path)])
+    texts = []
+    for name, line in lines.items():
+        cells = {
+            x: {f"{part}, ms": f"{1000 * value:.3g}" for part, value in found.items()} for x, found in line.items()
+        }
+        texts += [f"{_LABELS[name]}:", table([{name: str(x), **row} for x, row in cells.items()])]
+    return "\n\n".join([*texts, str(path)])
 
 
 def _shrunk(values: Sequence[int], by: int) -> list[int]:
@@ -48,11 +48,11 @@ def _shrunk(values: Sequence[int], by: int) -> list[int]:
 def _seconds(n: int, count: int, rank: int, repeats: int, rival: bool = True) -> dict[str, float]:
     torch.manual_seed(0)
     pairs = [(str(i), torch.nn.Parameter(torch.randn(n, n) / n), torch.randn(n, n) / n) for i in range(count)]
-    dskd, works = parts(Case("growth", pairs, lambda: None, rank, grad_steps=100))
+    case = Case("growth", pairs, lambda: None, {**GLUE, "rank": rank, "driver": "gram"})
+    dskd, works = parts(case)
     if rival:
-        weights = dskd.direction_weights()
-        works["SVD in every step"] = lambda: (0.1 * per_step_svd_loss(pairs, weights)).backward()
-    return {name: statistics.median(values) for name, values in interleaved(works, repeats).items()}
+        works["SVD in every step"] = svd_in_every_step(case, dskd)
+    return medians(summaries(works, repeats))
 
 
 def _seconds_with_ranks(ranks: int, n: int, count: int, repeats: int) -> dict[str, float]:
@@ -71,10 +71,6 @@ def _rank(meeting_place: str, rank: int, ranks: int, n: int, count: int, repeats
         return _seconds(n, count, 32, repeats, rival=False)
     finally:
         dist.destroy_process_group()
-
-
-def _in_words(seconds: dict[str, float]) -> dict[str, str]:
-    return {f"{name}, ms": f"{1000 * value:.3g}" for name, value in seconds.items()}
 
 
 def _plot(lines: dict[str, dict[int, dict[str, float]]], folder: Path) -> None:

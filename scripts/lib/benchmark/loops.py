@@ -1,55 +1,51 @@
 """Images per second and peak memory of the CIFAR loop beside the plain loop of the toolkits, taking turns."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
+from common.run.record import peak_memory_bytes
+from common.torchvision_repair import repair_torchvision
 from cv.config import load_config
-from cv.data import DataSets, EpochLoader, load_dataset
+from cv.data import Augment, DataSets, EpochLoader, ImageSet, load_dataset
 from cv.methods import build_distiller
 from cv.models import build_model
-from scripts.lib.benchmark.memory import CIFAR_IMAGES, peak_memory_apart
 from scripts.lib.benchmark.plain_loop import PlainLoop
-from scripts.lib.benchmark.timing import interleaved, summary, table, write
+from scripts.lib.benchmark.timing import columns, interleaved, summary, table, write
 
+RECIPE = "configs/cifar100/kd/res56_res20.yaml"
 LOOPS = ("ours", "plain")
 PRECISIONS = ("fp32", "bf16")
+CIFAR_IMAGES = 50_000
 
 
 class OurLoop:
     """The steps of cv/trainer.py: images augmented in batches on the device, channels_last, nothing read per step."""
 
-    def __init__(self, student, teacher, data: DataSets, batch: int, bf16: bool):
+    def __init__(self, student: nn.Module, teacher: nn.Module, data: DataSets, batch: int, bf16: bool = False):
         self.device, self.bf16 = "cuda" if torch.cuda.is_available() else "cpu", bf16
-        cfg = load_config("configs/cifar100/kd/res56_res20.yaml")
-        self.kd = build_distiller(
-            "kd", student, teacher, cfg.KD, num_classes=100, image_shape=(3, 32, 32), num_train=len(data.train)
-        ).to(self.device, memory_format=torch.channels_last)
-        self.loader = EpochLoader(
-            data.train,
-            batch,
-            augment=data.augment,
-            mean=data.mean,
-            std=data.std,
-            device=self.device,
-            seed=0,
-            shuffle=True,
-            channels_last=True,
-        )
-        self.batches, self.epoch = self.loader.epoch(0), 0
+        sizes = {"num_classes": 100, "image_shape": (3, 32, 32), "num_train": len(data.train)}
+        kd = build_distiller("kd", student, teacher, load_config(RECIPE).KD, **sizes)
+        self.kd = kd.to(self.device, memory_format=torch.channels_last).train()
+        look = {"mean": data.mean, "std": data.std, "device": self.device, "seed": 0, "channels_last": True}
+        loader = EpochLoader(data.train, batch, augment=data.augment, shuffle=True, **look)
+        self.batches = (images for epoch in count() for images in loader.epoch(epoch))
         self.optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+    def loss(self) -> Tensor:
+        """Of the next batch."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            return sum(self.kd(*next(self.batches))[1].values())
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
-            batch = next(self.batches, None)
-            if batch is None:
-                self.epoch += 1
-                self.batches = self.loader.epoch(self.epoch)
-                batch = next(self.batches)
             self.optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-                losses = self.kd(*batch)[1]
-            sum(losses.values()).backward()
+            self.loss().backward()
             self.optimizer.step()
 
 
@@ -63,13 +59,36 @@ def build(loop: str, data: DataSets, batch: int, precision: str, workers: int = 
     return PlainLoop(student, teacher, data.train, data.mean, data.std, batch, workers, bf16)
 
 
+def random_images(number: int) -> DataSets:
+    """Images of CIFAR-100's kind: reading the files would have a peak of its own."""
+    images = ImageSet(torch.randint(256, (number, 3, 32, 32), dtype=torch.uint8), torch.arange(number) % 100, 100)
+    return DataSets(images, images, None, (0.5,) * 3, (0.25,) * 3, Augment(padding=4, flip=True))
+
+
+def peak_memory_apart(loop: str, precision: str, batch: int, steps: int, images: int = CIFAR_IMAGES) -> int:
+    """Peak memory (bytes) of a new process that takes some steps: allocated on the GPU, resident without one.
+
+    The plain loop has no workers there, so that all that it needs is counted.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=repair_torchvision) as process:
+        return process.submit(_peak_memory, loop, precision, batch, steps, images).result()
+
+
+def _peak_memory(loop: str, precision: str, batch: int, steps: int, images: int) -> int:
+    data = random_images(images)
+    trained = build(loop, data, batch, precision, workers=0)
+    del data  # the plain loop has made its own copy
+    trained.run(steps)
+    return peak_memory_bytes()
+
+
 def run(folder: Path, quick: bool, root: str) -> str:
     """KD of ResNet20 from ResNet56 at batch 64 in both precisions; returns the table."""
     data = load_dataset("cifar100", root)
     batch, steps, images = (8, 1, 64) if quick else (64, 20, CIFAR_IMAGES)
     loops = {(loop, precision): build(loop, data, batch, precision) for precision in PRECISIONS for loop in LOOPS}
-    works = {key: lambda loop=loop: loop.run(steps) for key, loop in loops.items()}
-    seconds = interleaved(works, 1 if quick else 7)
+    seconds = interleaved({key: partial(loop.run, steps) for key, loop in loops.items()}, 1 if quick else 7)
     rates = {key: summary([steps * batch / value for value in values]) for key, values in seconds.items()}
     memory = {key: peak_memory_apart(*key, batch, steps, images) for key in loops}
     results = {
@@ -85,8 +104,7 @@ def run(folder: Path, quick: bool, root: str) -> str:
         {
             "loop": loop,
             "precision": precision,
-            "images/s, median": f"{rates[loop, precision]['median']:.0f}",
-            "lowest to highest": f"{rates[loop, precision]['min']:.0f} to {rates[loop, precision]['max']:.0f}",
+            **columns("images/s", rates[loop, precision], 0),
             "ratio to plain": f"{results[precision]['ratio']:.2f}" if loop == "ours" else "",
             "peak memory, MB": f"{memory[loop, precision] / 1e6:.0f}",
         }

@@ -3,17 +3,26 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.matrices import DRIVERS
-from common.svd_loss import DirectionSensitivityLoss
+from common.settings import SETTINGS, by_name
+from common.svd_loss import build_loss
 from cv.dskd import block_map
 from cv.models import build_model
-from scripts.lib.benchmark.memory import peak_above
-from scripts.lib.benchmark.per_step_svd import per_step_svd_loss
-from scripts.lib.benchmark.timing import interleaved, summary, table, write
+from dskd import DirectionSensitivityLoss, pair_weights
+from dskd.groups import Pairs
+from dskd.matrices import DRIVERS
+from scripts.lib.benchmark.loops import OurLoop, random_images
+from scripts.lib.benchmark.memory import peak_above, storages
+from scripts.lib.benchmark.timing import medians, summaries, table, write
+
+# the defaults of the two programs, by the settings' names
+GLUE = by_name({setting.dest: setting.glue for setting in SETTINGS})
+GLUE["grad_steps"] = GLUE["svd_steps"]
+CIFAR = by_name({setting.key: setting.cifar for setting in SETTINGS})
 
 
 @dataclass
@@ -21,14 +30,9 @@ class Case:
     """A recipe: its matched weights, one training step without DSKD, and DSKD's settings."""
 
     name: str
-    pairs: list[tuple[str, Tensor, Tensor]]
+    pairs: Pairs
     step: Callable[[], None]
-    rank: int
-    grad_steps: int
-    drift: float = 0.0
-    driver: str = "gram"
-    svd_steps: int = 100
-    basis: str = "own"
+    settings: Mapping[str, Any]
 
 
 def bert_case(batch: int, length: int, device: str, **sizes: int) -> Case:
@@ -51,108 +55,102 @@ def bert_case(batch: int, length: int, device: str, **sizes: int) -> Case:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Case(
-        f"BERT-base 12 -> 6, batch {batch} x {length}",
-        model.pairs(),
-        step,
-        rank=32,
-        grad_steps=100,
-        driver="randomized",
-    )
+    return Case(f"BERT-base 12 -> 6, batch {batch} x {length}", model.pairs(), step, GLUE)
 
 
-def resnet_case(batch: int, device: str) -> Case:
+def resnet_case(batch: int) -> Case:
     """ResNet56 -> ResNet20 by KD, random images."""
-    from cv.methods import build_distiller, method_defaults
-
-    student, teacher = (build_model(name, 100).to(device) for name in ("resnet20", "resnet56"))
-    kd = build_distiller(
-        "kd", student, teacher, method_defaults().KD, num_classes=100, image_shape=(3, 32, 32), num_train=batch
-    ).to(memory_format=torch.channels_last)
-    images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
-    labels, indices = torch.zeros(batch, dtype=torch.long, device=device), torch.arange(batch, device=device)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-
-    def step() -> None:
-        sum(kd(images, labels, indices)[1].values()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    names = block_map(student, teacher)
-    pairs = [(s, student.get_submodule(s).weight, teacher.get_submodule(t).weight) for s, t in names]
-    return Case(f"ResNet56 -> ResNet20, batch {batch}", pairs, step, rank=0, grad_steps=2, drift=0.0003)
+    student, teacher = build_model("resnet20", 100), build_model("resnet56", 100)
+    loop = OurLoop(student, teacher, random_images(batch), batch)
+    pairs = pair_weights(student, teacher, block_map(student, teacher))
+    return Case(f"ResNet56 -> ResNet20, batch {batch}", pairs, lambda: loop.run(1), CIFAR)
 
 
-def parts(case: Case, driver: str | None = None) -> tuple[DirectionSensitivityLoss, dict[str, Callable[[], None]]]:
+def parts(case: Case, **changed: Any) -> tuple[DirectionSensitivityLoss, dict[str, Callable[[], object]]]:
     """The loss after a first choice of directions, and by name the things that it does, to be timed."""
-    students = [student for _, student, _ in case.pairs]
-    settings = {"grad_steps": case.grad_steps, "drift": case.drift, "driver": driver or case.driver}
-    settings |= {"basis": case.basis}
-    dskd = DirectionSensitivityLoss(case.pairs, case.rank, case.svd_steps, **settings)
-    updates = [1e-5 * torch.randn_like(student) for student in students]  # AdamW-like in size
-    for student in students:
+    dskd = build_loss(case.pairs, {**case.settings, **changed}, seed=0)
+    updates = [1e-5 * torch.randn_like(student) for student in dskd.students]  # AdamW-like in size
+    for student in dskd.students:
         student.grad = torch.randn_like(student)
 
     def choose_directions() -> None:
-        dskd.steps = case.svd_steps - 1
+        dskd.steps += dskd.svd_steps - 1  # the coming step chooses
         with dskd.observe(progress=0.5), torch.no_grad():
-            for student, update in zip(students, updates, strict=True):
-                student.add_(update)  # the optimizer's part, which is no cost of DSKD, but small beside it
+            # the optimizer's part, which is no cost of DSKD, but small beside it
+            torch._foreach_add_(dskd.students, updates)
 
     def expand() -> None:
-        dskd._held = None
-        with torch.no_grad():
-            dskd()
+        dskd.held = None
+        dskd.gradients()
 
     def held() -> None:
         (0.1 * dskd()).backward()
 
     choose_directions()
     works = {"choose directions": choose_directions, "expand": expand, "held": held}
-    return dskd, works | ({"look at the drift": dskd._has_moved} if case.drift else {})
+    if dskd.drift:
+        works["look at the drift"] = lambda: dskd.held.has_drifted(dskd.students, dskd.drift)
+    return dskd, works
 
 
-def cost_per_step(seconds: Mapping[str, float], case: Case) -> float:
+def cost_per_step(seconds: Mapping[str, float], settings: Mapping[str, Any]) -> float:
     """The held loss in every step, and the refreshes shared over the steps between them, as if all were drifting."""
     expansion = seconds["expand"] + seconds.get("look at the drift", 0.0)
-    return seconds["held"] + expansion / case.grad_steps + seconds["choose directions"] / case.svd_steps
+    return seconds["held"] + expansion / settings["grad_steps"] + seconds["choose directions"] / settings["svd_steps"]
+
+
+def per_step_svd_loss(pairs: Pairs, weights: Mapping[str, Tensor]) -> Tensor:
+    """The rival: the mean of || W~_s - W~_t ||_F^2 over the pairs, by a full SVD of both, with autograd through it."""
+    losses = []
+    for name, student, teacher in pairs:
+        aligned = []
+        for matrix in (student.flatten(1), teacher.detach().flatten(1)):
+            U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+            aligned.append((U * (weights[name].sqrt() * S)) @ Vh)
+        losses.append((aligned[0] - aligned[1]).square().sum())
+    return torch.stack(losses).mean()
+
+
+def svd_in_every_step(case: Case, dskd: DirectionSensitivityLoss) -> Callable[[], None]:
+    """A step of the rival along the loss's directions, forward and backward."""
+    weights = dskd.direction_weights()
+    return lambda: (0.1 * per_step_svd_loss(case.pairs, weights)).backward()
 
 
 def measure(case: Case, repeats: int) -> dict:
     """Seconds of every part by every driver, DSKD's share of a step, and the ratio to the SVD in every step."""
     dskd, works = parts(case)
-    weights = dskd.direction_weights()
     for driver in DRIVERS:
-        if driver != dskd.driver:
-            found = parts(case, driver)[1]
+        if driver != case.settings["driver"]:
+            found = parts(case, driver=driver)[1]
             works |= {f"{name}, {driver}": found[name] for name in ("choose directions", "expand")}
-    works["per-step SVD"] = lambda: (0.1 * per_step_svd_loss(case.pairs, weights)).backward()
-    seconds = {name: summary(values) for name, values in interleaved(works, repeats).items()}
-    seconds["step"] = summary(interleaved({"step": case.step}, repeats)["step"])
-    medians = {name: values["median"] for name, values in seconds.items()}
-    cost = cost_per_step(medians, case)
-    elements = sum(student.numel() for _, student, _ in case.pairs)
+    works["per-step SVD"] = svd_in_every_step(case, dskd)
+    seconds = summaries(works, repeats) | summaries({"step": case.step}, repeats)
+    typical = medians(seconds)
+    cost = cost_per_step(typical, case.settings)
+    size = sum(4 * student.numel() for student in dskd.students)
+    kept = storages([dskd.state_dict(), [(group.targets, group.former) for group in dskd.groups]])
     return {
         "case": case.name,
         "pairs": len(case.pairs),
-        "settings": {key: getattr(case, key) for key in ("rank", "svd_steps", "grad_steps", "drift", "driver")},
+        "settings": {key: case.settings[key] for key in ("rank", "svd_steps", "grad_steps", "drift", "driver")},
         "seconds": seconds,
         "dskd_seconds_per_step": cost,
-        "share_of_step": cost / medians["step"],
-        "per_step_svd_over_dskd": medians["per-step SVD"] / cost,
-        "kept_copies_of_matched_weights": sum(tensor.numel() for tensor in _kept(dskd)) / elements,
-        "copies_at_the_peak_of_a_refresh": _peak_of_a_refresh(case) / (4 * elements),
+        "share_of_step": cost / typical["step"],
+        "per_step_svd_over_dskd": typical["per-step SVD"] / cost,
+        "kept_copies_of_matched_weights": sum(storage.nbytes() for storage in kept.values()) / size,
+        "copies_at_the_peak_of_a_refresh": _peak_of_a_refresh(case) / size,
     }
 
 
 def run(folder: Path, quick: bool) -> str:
     """Both recipes; returns the table."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = {"hidden_size": 48, "intermediate_size": 64} if quick else {}
-    results = [
-        measure(bert_case(2 if quick else 32, 16 if quick else 128, device, **sizes), 1 if quick else 3),
-        measure(resnet_case(4 if quick else 64, device), 2 if quick else 20),
-    ]
+    if quick:
+        tiny = bert_case(2, 16, device, hidden_size=48, intermediate_size=64)
+        results = [measure(tiny, 1), measure(resnet_case(4), 2)]
+    else:
+        results = [measure(bert_case(32, 128, device), 3), measure(resnet_case(64), 20)]
     path = write("method", {"results": results}, folder)
     rows = [
         {
@@ -180,17 +178,3 @@ def _peak_of_a_refresh(case: Case) -> int:
 
     inputs = sum(2 * student.nbytes for _, student, _ in case.pairs)  # the update and the gradient that `parts` draws
     return peak_above(work) - inputs
-
-
-def _kept(dskd: DirectionSensitivityLoss) -> list[Tensor]:
-    """Everything that the loss keeps between steps."""
-    return _tensors([dskd.state_dict(), [group.teacher_V for group in dskd._groups]])
-
-
-def _tensors(tree) -> list[Tensor]:
-    """The tensors in nested dictionaries, lists and tuples."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    return [tensor for branch in tree for tensor in _tensors(branch)] if isinstance(tree, list | tuple) else []

@@ -5,6 +5,8 @@ step. Schedule, clipping and precision are those of ours, and so is AdamW, here 
 Trainer takes the fused one).
 """
 
+from itertools import count
+
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,7 +29,6 @@ class PlainGlue:
         self,
         model: nn.Module,
         dataset: TokenizedDataset,
-        *,
         batch: int,
         learning_rate: float,
         total_steps: int,
@@ -39,19 +40,15 @@ class PlainGlue:
         self.names = list(items[0])
         tensors = TensorDataset(*(torch.tensor([item[name] for item in items]) for name in self.names))
         on_gpu = self.device.type == "cuda"
-        self.loader = DataLoader(tensors, batch, shuffle=True, drop_last=True, pin_memory=on_gpu)
-        self.batches = iter(self.loader)
+        loader = DataLoader(tensors, batch, shuffle=True, drop_last=True, pin_memory=on_gpu)
+        self.batches = (batch for _ in count() for batch in loader)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
         self.schedule = get_linear_schedule_with_warmup(self.optimizer, 0, total_steps)
         self.total_loss = 0.0
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
-            batch = next(self.batches, None)
-            if batch is None:
-                self.batches = iter(self.loader)
-                batch = next(self.batches)
-            inputs = {name: tensor.to(self.device) for name, tensor in zip(self.names, batch, strict=True)}
+            inputs = {name: tensor.to(self.device) for name, tensor in zip(self.names, next(self.batches), strict=True)}
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 loss = self.model(**inputs).loss
             loss.backward()

@@ -3,6 +3,8 @@
 PIL transforms image by image in DataLoader workers, NCHW, eager, loss and accuracy read on the host in every step.
 """
 
+from itertools import count
+
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -16,18 +18,12 @@ class PILImages(Dataset):
 
     def __init__(self, image_set: ImageSet, mean, std):
         from PIL import Image
-        from torchvision import transforms
+        from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, ToTensor
 
         self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in image_set.images]
         self.labels = image_set.labels.tolist()
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(image_set.images.shape[-1], padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(mean, std),
-            ]
-        )
+        crop = RandomCrop(image_set.images.shape[-1], padding=4)
+        self.transform = Compose([crop, RandomHorizontalFlip(), ToTensor(), Normalize(mean, std)])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,11 +44,11 @@ class PlainLoop:
         std,
         batch: int,
         workers: int,
-        bf16: bool = False,
+        bf16: bool,
     ):
         self.device, self.bf16 = "cuda" if torch.cuda.is_available() else "cpu", bf16
         self.student, self.teacher = student.to(self.device), teacher.to(self.device).eval()
-        self.loader = DataLoader(
+        loader = DataLoader(
             PILImages(image_set, mean, std),
             batch_size=batch,
             shuffle=True,
@@ -60,17 +56,12 @@ class PlainLoop:
             persistent_workers=workers > 0,
             pin_memory=self.device == "cuda",
         )
-        self.batches = iter(self.loader)
+        self.batches = (images for _ in count() for images in loader)
         self.optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
-            try:
-                images, labels = next(self.batches)
-            except StopIteration:
-                self.batches = iter(self.loader)
-                images, labels = next(self.batches)
-            images, labels = images.to(self.device), labels.to(self.device)
+            images, labels = (tensor.to(self.device) for tensor in next(self.batches))
             with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
                 logits = self.student(images)
                 with torch.no_grad():

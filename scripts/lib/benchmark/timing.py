@@ -1,8 +1,8 @@
-"""Interleaved timing of alternatives, and the table of ratios that comes of it."""
+"""Interleaved timing of alternatives, and the file and table that come of it."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(works: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(works: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
     """Seconds of every call; the alternatives take turns, so that a change of the machine's pace meets all alike."""
     seconds = {name: [] for name in works}
     for turn in range(warmup + repeats):
@@ -30,9 +30,24 @@ def interleaved(works: dict[str, Callable[[], object]], repeats: int, warmup: in
     return seconds
 
 
-def summary(values: list[float]) -> dict[str, float]:
+def summary(values: Sequence[float]) -> dict[str, float]:
     """Median, lowest, highest and number of the repeats."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": len(values)}
+
+
+def summaries(works: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, dict[str, float]]:
+    """Of the seconds of alternatives that take turns."""
+    return {name: summary(values) for name, values in interleaved(works, repeats, warmup).items()}
+
+
+def medians(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {name: values["median"] for name, values in seconds.items()}
+
+
+def columns(unit: str, values: Mapping[str, float], digits: int) -> dict[str, str]:
+    """A summary as cells of a table."""
+    median, lowest, highest = (f"{values[key]:.{digits}f}" for key in ("median", "min", "max"))
+    return {f"{unit}, median": median, "lowest to highest": f"{lowest} to {highest}"}
 
 
 def write(name: str, results: dict, folder: Path) -> Path:
@@ -43,7 +58,7 @@ def write(name: str, results: dict, folder: Path) -> Path:
     return path
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def table(rows: Sequence[Mapping[str, str]]) -> str:
     """A Markdown table."""
     head = list(rows[0])
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]

@@ -1,70 +1,76 @@
 """The figures of a run as text."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from scripts.lib.report.load import Run, metric_name
+from scripts.lib.report.labels import without_dskd
+from scripts.lib.report.load import Run, is_number, metric_name
+from scripts.lib.report.networks import teacher_score
 
-RESULT_HEADER = ("", "last", "best", "throughput", "wall time", "peak memory", "optimizer steps", "parameters")
+_UNKNOWN = "–"
 
 
 def headline(run: Run) -> list[tuple[str, Any]]:
     """What was run, where and how."""
     result = run.result or {}
-    unknown = "not known before the run has finished"
+    student = run.setting("DISTILLER.STUDENT", "num_successor_layers") or "the default number of layers"
     facts = [
         ("Status", "finished" if run.result else f"in progress, last log line at step {run.last_step}"),
         ("Method", run.method),
         ("Dataset", run.task),
-        ("Student", run.setting("DISTILLER.STUDENT", "num_successor_layers") or "the default number of layers"),
+        ("Student", f"{student} layers" if isinstance(student, int) else student),
         ("Teacher", run.setting("DISTILLER.TEACHER", "model_name_or_path") or "none"),
         ("Seed", run.seed),
-        ("Device", result.get("device", unknown)),
-        ("Revision", result.get("git_revision", unknown)),
-        ("Command", result.get("command", unknown)),
     ]
-    if not run.vision and isinstance(facts[3][1], int):
-        facts[3] = ("Student", f"{facts[3][1]} layers")
-    return facts
+    later = {"Device": "device", "Revision": "git_revision", "Command": "command"}
+    return facts + [(name, result.get(key, "not known before the run has finished")) for name, key in later.items()]
 
 
-def result_row(run: Run, label: str) -> list[str]:
-    """A row under `RESULT_HEADER`; of a run in progress, what its log says."""
+def figures(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """What is measured -> its value in every run, where at least one knows it; of a run in progress, by its log."""
+    columns = [_figures(run, without_dskd(run, runs)) for run in runs]
+    rows = {name: [column[name] for column in columns] for name in columns[0]}
+    return {name: values for name, values in rows.items() if set(values) != {_UNKNOWN}}
+
+
+def _figures(run: Run, baseline: Run | None) -> dict[str, str]:
     result = run.result or {}
-    metric = str(result.get("metric", metric_name((run.metric_keys or [""])[0])))
+    last, memory = _reached(run, "last"), result.get("peak_memory_bytes")
+    base = _reached(baseline, "last") if baseline else None
+    gain = f" ({last - base:+.{2 if run.vision else 4}f} with it)" if is_number(base) and is_number(last) else ""
+    return {
+        "metric": str(result.get("metric", metric_name((run.metric_keys or [_UNKNOWN])[0]))),
+        "last": _score(run, last),
+        "best": _score(run, _reached(run, "best")),
+        "teacher": _score(run, teacher_score(run)),
+        "last without DSKD": _score(run, base) + gain,
+        "throughput": _amount(result.get("throughput"), str(result.get("throughput_unit", ""))),
+        "wall time": _written(result.get("wall_seconds"), _duration),
+        "peak memory": _amount(memory / 1e9 if is_number(memory) else memory, "GB"),
+        "optimizer steps": _amount(result.get("steps", run.last_step)),
+        "parameters": _amount(result.get("parameters")),
+    }
+
+
+def _reached(run: Run, which: str) -> Any:
+    """The "last" or "best" value of the metric."""
     _, values = run.series(run.metric_keys[0]) if run.metric_keys else ((), ())
     so_far = {"last": values[-1], "best": values.max()} if len(values) else {}
-    memory, seconds = result.get("peak_memory_bytes"), result.get("wall_seconds")
-    return [
-        f"{label}: {metric}" if metric else label,
-        *(_score(run, result.get(name, so_far.get(name))) for name in ("last", "best")),
-        _amount(result.get("throughput"), str(result.get("throughput_unit", ""))),
-        _duration(seconds),
-        _amount(memory / 1e9 if _is_number(memory) else memory, "GB"),
-        _amount(result.get("steps", run.last_step)),
-        _amount(result.get("parameters")),
-    ]
+    return (so_far | (run.result or {})).get(which)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _written(value: Any, form: Callable[[Any], str]) -> str:
+    return form(value) if is_number(value) else _UNKNOWN if value is None else str(value)
 
 
 def _score(run: Run, value: Any) -> str:
-    if not _is_number(value):
-        return "–" if value is None else str(value)
-    return f"{value:.2f} %" if run.vision else f"{value:.4f}"
+    return _written(value, lambda score: f"{score:.2f} %" if run.vision else f"{score:.4f}")
 
 
 def _amount(value: Any, unit: str = "") -> str:
-    if not _is_number(value):
-        return "–" if value is None else str(value)
-    digits = f"{value:,}" if isinstance(value, int) else f"{value:,.3g}" if abs(value) < 100 else f"{value:,.0f}"
-    return f"{digits} {unit}".strip()
+    return _written(value, lambda x: f"{x:,.0f} {unit}".strip() if abs(x) >= 100 else f"{x:.3g} {unit}".strip())
 
 
-def _duration(seconds: Any) -> str:
-    if not _is_number(seconds):
-        return "–" if seconds is None else str(seconds)
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+def _duration(seconds: float) -> str:
+    size, unit = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
+    return f"{seconds / size:.1f} {unit}"

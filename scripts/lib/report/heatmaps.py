@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import NullLocator
 
@@ -13,11 +12,10 @@ from common.run.figures import plain
 from scripts.lib.report.load import Choice, Selected
 from scripts.lib.report.plots import drawing, panel, svg
 
-_LEAST = 1e-3  # weights below are drawn like this one
 _COLUMNS = 150  # choices drawn at most
-_LINEAR = 64  # of more directions than these, neighbours share one of `_ROWS` logarithmic rows
-_ROWS = 48
-_COLORS = "viridis_r"
+_LINEAR, _ROWS = 64, 48  # of more directions than 64, neighbours share one of 48 logarithmic rows, not to vanish
+_COLORS = "viridis"  # bright is much
+_WEIGHTS = LogNorm(1e-3, 1, clip=True)
 
 
 def thinned(choices: Sequence[Choice]) -> list[Choice]:
@@ -28,33 +26,30 @@ def thinned(choices: Sequence[Choice]) -> list[Choice]:
 
 def weight_map(choices: Sequence[Choice], pair: str, end: int) -> str:
     """Weight of every direction of a pair (1 = largest singular value) from each choice to the next, at last `end`."""
-    count = 1 + max(int(choice.weights[pair].index.max()) for choice in choices)
-    edges = np.arange(1, count + 2)
-    if count > _LINEAR:
-        edges = np.unique(np.geomspace(1, count + 1, _ROWS + 1).round())
-    columns = []
-    for choice in choices:
-        selected = choice.weights[pair]
-        columns.append(np.histogram(selected.index + 1, bins=edges, weights=selected.weight)[0])
-    values = np.ma.masked_equal(np.stack(columns, axis=1), 0)
+    chosen = [choice.weights[pair] for choice in choices]
+    count = 1 + max(each.index.max() for each in chosen)
+    edges = np.arange(1, count + 2) if count <= _LINEAR else np.unique(np.geomspace(1, count + 1, _ROWS + 1).round())
+    weights = [np.histogram(each.index + 1, bins=edges, weights=each.weight)[0] for each in chosen]
     with panel() as (figure, axis):
-        _mesh(axis, _spans(choices, end), edges, values.clip(_LEAST), _weight_scale())
+        seen = np.ma.masked_equal(weights, 0).T
+        axis.pcolormesh(_spans(choices, end), edges, seen, norm=_WEIGHTS, cmap=_COLORS, rasterized=True)
+        axis.set_facecolor("black")
         if count > _LINEAR:
             axis.set_yscale("log")
             axis.yaxis.set_minor_locator(NullLocator())
         axis.invert_yaxis()
         axis.set_ylabel("direction")
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
         return svg(figure)
 
 
 def weight_legend() -> str:
     """The colours of `weight_map`."""
     with drawing((4.2, 0.75)) as (figure, axis):
-        mappable = mpl.cm.ScalarMappable(_weight_scale(), _COLORS)
-        bar = figure.colorbar(mappable, cax=axis, orientation="horizontal", ticks=[1e-3, 1e-2, 1e-1, 1])
+        mappable = mpl.cm.ScalarMappable(_WEIGHTS, _COLORS)
+        label = "weight of a direction (black: not selected)"
+        bar = figure.colorbar(mappable, cax=axis, orientation="horizontal", ticks=[1e-3, 1e-2, 1e-1, 1], label=label)
         bar.set_ticklabels(["0.001 or less", "0.01", "0.1", "1"])
-        bar.set_label("weight of a direction (blank: not selected)")
         return svg(figure)
 
 
@@ -63,24 +58,20 @@ def effective_map(choices: Sequence[Choice], pairs: Sequence[str], end: int) -> 
     values = np.array([[choice.effective(pair) for choice in choices] for pair in pairs])
     with drawing((6.2, 1.2 + 0.19 * len(pairs)), font=8) as (figure, axis):
         scale = LogNorm(1, max(2.0, values.max()))
-        _mesh(axis, _spans(choices, end), np.arange(len(pairs) + 1), values, scale)
-        axis.set_yticks(np.arange(len(pairs)) + 0.5, [plain(pair) for pair in pairs])
+        x, y = _spans(choices, end), np.arange(len(pairs) + 1)
+        mesh = axis.pcolormesh(x, y, values, norm=scale, cmap=_COLORS, rasterized=True)
+        axis.set_yticks(y[:-1] + 0.5, [plain(pair) for pair in pairs])
         axis.invert_yaxis()
         axis.set_xlabel("optimizer step")
-        bar = figure.colorbar(mpl.cm.ScalarMappable(scale, _COLORS), ax=axis, pad=0.02, format="%g")
+        bar = figure.colorbar(mesh, pad=0.02, format="%g", label="effective directions")
         bar.ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(value)[0] in "25" else "")
-        bar.set_label("effective directions")
         return svg(figure)
 
 
 def overlaps(choices: Sequence[Choice], pairs: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Of consecutive choices, (choices - 1, pairs): sum_i min(w_i, w'_i), and the Jaccard index of the sets."""
-    shared, jaccard = [], []
-    for before, after in pairwise(choices):
-        rows = [_overlap(before.weights[pair], after.weights[pair]) for pair in pairs]
-        shared.append([row[0] for row in rows])
-        jaccard.append([row[1] for row in rows])
-    return np.array(shared), np.array(jaccard)
+    rows = [[_overlap(a.weights[pair], b.weights[pair]) for pair in pairs] for a, b in pairwise(choices)]
+    return tuple(np.moveaxis(np.array(rows), -1, 0))
 
 
 def _overlap(before: Selected, after: Selected) -> tuple[float, float]:
@@ -89,14 +80,6 @@ def _overlap(before: Selected, after: Selected) -> tuple[float, float]:
     return float(weight), len(common) / (len(before.index) + len(after.index) - len(common))
 
 
-def _weight_scale() -> LogNorm:
-    return LogNorm(_LEAST, 1)
-
-
 def _spans(choices: Sequence[Choice], end: int) -> list[int]:
     steps = [choice.step for choice in choices]
     return [*steps, max(end, steps[-1] + 1)]
-
-
-def _mesh(axis: Axes, x: Sequence[int], y: np.ndarray, values: np.ndarray, scale: LogNorm) -> None:
-    axis.pcolormesh(x, y, values, norm=scale, cmap=_COLORS, rasterized=True)

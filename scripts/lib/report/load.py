@@ -2,8 +2,7 @@
 
 import json
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,30 +13,6 @@ import numpy as np
 from common.run.errors import UserError
 
 _TIMINGS = ("_runtime", "_per_second", "_time", "_loss")  # of an evaluation; all else in it is a metric
-# settings that say where things are, not what was run
-_PLACES = ("OUTPUT_DIR", "DISTILLER.TEACHER_CKPT", "DATASET.ROOT", "output_dir", "data_dir", "overwrite_output_dir")
-# settings that runs of different methods may differ in as well, and how labels call them
-_TOLD = {
-    "DISTILLER.STUDENT": "student",
-    "DATASET.SUBSET": "subset",
-    "DATASET.HELD_OUT": "held out",
-    "SOLVER.EPOCHS": "epochs",
-    "SOLVER.BATCH_SIZE": "batch size",
-    "SOLVER.LR": "learning rate",
-    "num_successor_layers": "layers",
-    "num_train_epochs": "epochs",
-    "max_steps": "steps",
-    "per_gpu_train_batch_size": "batch size",
-    "learning_rate": "learning rate",
-}
-_TOLD_OF_DSKD = {
-    "DSKD.LAMBDA": "lambda",
-    "DSKD.RANK": "rank",
-    "DSKD.SVD_STEPS": "SVD steps",
-    "lambda_size": "lambda",
-    "rank_size": "rank",
-    "svd_steps": "SVD steps",
-}
 
 
 class Selected(NamedTuple):
@@ -116,8 +91,7 @@ class Run:
         """Names in `metrics` of what is evaluated, the one that matters first."""
         if self.vision:
             return ["test_top1"]
-        names = dict.fromkeys(key for line in self.metrics for key in line if key.startswith("eval_"))
-        names = [name for name in names if not name.endswith(_TIMINGS)]
+        names = [name for name in self.keys("eval_") if not name.endswith(_TIMINGS)]
         primary = str((self.result or {}).get("metric", ""))
         return sorted(names, key=lambda name: not (primary and name.endswith(f"_{primary}")))
 
@@ -125,29 +99,30 @@ class Run:
     def metric_unit(self) -> str:
         return "%" if self.vision else "1 is perfect"
 
+    @cached_property
+    def pairs(self) -> list[str]:
+        """Layer pairs that are in every choice."""
+        first = self.choices[0].weights if self.choices else ()
+        return [pair for pair in first if all(pair in choice.weights for choice in self.choices)]
+
     @property
     def last_step(self) -> int:
         return max((line["step"] for line in self.metrics), default=0)
 
     @property
     def steps_per_epoch(self) -> float | None:
-        ratios = [line["step"] / line["epoch"] for line in self.metrics if _number(line.get("epoch")) and line["epoch"]]
-        return ratios[-1] if ratios else None
+        steps, epochs = self.series("epoch")
+        return steps[-1] / epochs[-1] if len(epochs) and epochs[-1] else None
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of the log lines that have a number under a key."""
-        found = [(line["step"], line[key]) for line in self.metrics if _number(line.get(key))]
-        steps, values = zip(*found, strict=True) if found else ((), ())
-        return np.array(steps, dtype=float), np.array(values, dtype=float)
+        found = [(line["step"], line[key]) for line in self.metrics if is_number(line.get(key))]
+        steps, values = np.array(found, dtype=float).reshape(-1, 2).T
+        return steps, values
 
     def keys(self, prefix: str) -> list[str]:
         """Keys of log lines that start like this, in the order of their first appearance."""
         return list(dict.fromkeys(key for line in self.metrics for key in line if key.startswith(prefix)))
-
-
-def metric_name(key: str) -> str:
-    """A metric's key in log lines without the pipeline's prefix."""
-    return key.removeprefix("test_").removeprefix("eval_")
 
 
 def load_run(folder: Path) -> Run:
@@ -164,48 +139,33 @@ def load_run(folder: Path) -> Run:
                 f"{folder} has no {name}; the output folder of a run of cv/train_svd.py or run_glue_SVD_losslayer.py "
                 "has one as soon as training has started"
             )
-    result = _object(folder / "result.json") if (folder / "result.json").exists() else None
-    directions = folder / "directions.jsonl"
-    lines = _lines(directions, running=result is None) if directions.exists() else []
-    return Run(
-        folder=folder,
-        config=_object(folder / "config.json"),
-        result=result,
-        metrics=[line for _, line in _lines(folder / "metrics.jsonl", running=result is None)],
-        choices=[_choice(line, f"{directions}, line {number}") for number, line in lines],
-    )
+    result, directions = folder / "result.json", folder / "directions.jsonl"
+    try:
+        config = read_object(folder / "config.json")
+        ended = read_object(result) if result.exists() else None
+        metrics = _lines(folder / "metrics.jsonl", running=ended is None)
+        chosen = _lines(directions, running=ended is None) if directions.exists() else {}
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    choices = [_choice(line, where) for where, line in chosen.items()]
+    return Run(folder, config, ended, list(metrics.values()), choices)
 
 
-def labels(runs: Sequence[Run]) -> list[str]:
-    """A name for each of several runs: method, seed, and what else is different in training.
-
-    Where these agree, all settings that differ.
-    """
-    names = [f"{run.method}, seed {run.seed}" for run in runs]
-    if len({run.task for run in runs}) > 1:
-        names = [f"{run.task}: {name}" for run, name in zip(runs, names, strict=True)]
-    for key, word in (_TOLD | _TOLD_OF_DSKD).items():
-        told = [i for i, run in enumerate(runs) if run.has_dskd or key in _TOLD]
-        for task in {run.task for run in runs}:
-            values = {i: runs[i].settings.get(key) for i in told if runs[i].task == task}
-            if len(set(map(repr, values.values()))) > 1:
-                for i, value in values.items():
-                    names[i] += "" if value is None else f", {word} {value}"
-    same = Counter(names)
-    for name in [name for name, count in same.items() if count > 1]:
-        alike = [i for i, other in enumerate(names) if other == name]
-        differing = [
-            key
-            for key in dict.fromkeys(key for i in alike for key in runs[i].settings)
-            if key not in _PLACES and len({repr(runs[i].settings.get(key)) for i in alike}) > 1
-        ]
-        for i in alike:
-            names[i] += "".join(f", {key} {runs[i].settings.get(key)}" for key in differing)
-    same = Counter(names)
-    return [f"{name} [{run.folder}]" if same[name] > 1 else name for run, name in zip(runs, names, strict=True)]
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; `UserError` if it is something else."""
+    return _object(path.read_bytes(), str(path))
 
 
-def _leaves(config: dict[str, Any], prefix: str = ""):
+def metric_name(key: str) -> str:
+    """A metric's key in log lines without the pipeline's prefix."""
+    return key.removeprefix("test_").removeprefix("eval_")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
@@ -213,63 +173,43 @@ def _leaves(config: dict[str, Any], prefix: str = ""):
             yield f"{prefix}{key}", value
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _text(path: Path) -> str:
+def _object(text: bytes, where: str) -> dict[str, Any]:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_text(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+        value = json.loads(text)
+    except ValueError as error:  # or not UTF-8
+        raise UserError(f"{where}: not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is expected")
+        raise UserError(f"{where}: a JSON object is expected")
     return value
 
 
-def _lines(path: Path, running: bool) -> list[tuple[int, dict[str, Any]]]:
-    """Numbered lines; the last one of a running job may be half-written, and is left out then."""
-    lines = _text(path).split("\n")
-    torn = lines.pop()
-    if torn and not running:
-        lines.append(torn)
-    parsed = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(value, dict) or not _number(value.get("step")):
-            raise UserError(f'{path}, line {number}: a JSON object with a number "step" is expected')
-        parsed.append((number, value))
+def _lines(path: Path, running: bool) -> dict[str, dict[str, Any]]:
+    """Where a line is -> what it says; the last one of a running job may be half-written, and is left out then."""
+    *lines, torn = path.read_bytes().split(b"\n")
+    parsed = {}
+    for number, line in enumerate(lines + [torn] * bool(torn and not running), start=1):
+        where = f"{path}, line {number}"
+        parsed[where] = _object(line, where)
+        if not is_number(parsed[where].get("step")):
+            raise UserError(f'{where}: a JSON object with a number "step" is expected')
     return parsed
 
 
 def _choice(line: dict[str, Any], where: str) -> Choice:
     try:
-        weights = {
-            name: Selected(np.array(w["index"], int), np.array(w["weight"], float), np.array(w["sigma"], float))
-            for name, w in line["weights"].items()
-        }
-        distance = {name: float(line["distance"][name]) for name in weights}
+        weights = {name: _selected(pair) for name, pair in line["weights"].items()}
+        if weights:
+            return Choice(line["step"], weights, {name: float(line["distance"][name]) for name in weights})
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        weights = {}
-    if not weights or not all(map(_makes_sense, weights.values())):
-        raise UserError(
-            f'{where}: "weights" with "index", "weight" and "sigma", and a "distance" of every pair are expected'
-        )
-    return Choice(line["step"], weights, distance)
+        pass
+    raise UserError(
+        f'{where}: "weights" with "index", "weight" and "sigma", and a "distance" of every pair are expected'
+    )
 
 
-def _makes_sense(pair: Selected) -> bool:
-    index, weight, sigma = pair
-    if index.ndim != 1 or not index.size or not index.shape == weight.shape == sigma.shape:
-        return False
-    return bool(index.min() >= 0 and weight.min() > 0 and sigma.min() >= 0 and sigma.max() <= 1)
+def _selected(pair: dict[str, Any]) -> Selected:
+    index, weight, sigma = (np.array(pair[key], int if key == "index" else float) for key in Selected._fields)
+    alike = index.ndim == 1 and index.size and index.shape == weight.shape == sigma.shape
+    if not (alike and index.min() >= 0 and weight.min() > 0 and sigma.min() >= 0 and sigma.max() <= 1):
+        raise ValueError("these are no directions")
+    return Selected(index, weight, sigma)

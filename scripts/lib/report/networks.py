@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from common.run.errors import UserError
-from scripts.lib.report.load import Run
+from scripts.lib.report.load import Run, read_object
 
 Pairs = list[tuple[str, Tensor, Tensor]]
 
@@ -26,18 +26,33 @@ def weight_pairs(run: Run) -> Pairs:
     return _of_images(run) if run.vision else _of_text(run)
 
 
+def teacher_score(run: Run) -> float | None:
+    """What the teacher of a vision run scores on the images that the run is tested on; None if no file says it."""
+    if not (run.vision and has_networks(run)):
+        return None
+    try:
+        info = read_object(_teacher_of_images(run) / "model.json")
+    except (OSError, UserError):
+        return None
+    return info.get("accuracy") if info.get("held_out", 0) == run.settings.get("DATASET.HELD_OUT", 0) else None
+
+
 def _of_images(run: Run) -> Pairs:
     from cv.dskd import layer_pairs
     from cv.export import load_model
+
+    student, teacher = (load_model(folder)[0] for folder in (run.folder / "student", _teacher_of_images(run)))
+    return layer_pairs(student, teacher, CfgNode(run.config).DSKD)
+
+
+def _teacher_of_images(run: Run) -> Path:
     from cv.teachers import find_teacher, weights_hash
 
-    cfg = CfgNode(run.config)
-    folder = find_teacher(cfg)
-    student, teacher = (load_model(each)[0] for each in (run.folder / "student", folder))
+    folder = find_teacher(CfgNode(run.config))
     recorded = (run.result or {}).get("teacher_sha256")  # older runs have none
     if recorded and weights_hash(folder) != recorded:
         raise UserError(f"{folder} is not the teacher that {run.folder.name} was distilled from")
-    return layer_pairs(student, teacher, cfg.DSKD)
+    return folder
 
 
 def _of_text(run: Run) -> Pairs:
@@ -50,17 +65,14 @@ def _of_text(run: Run) -> Pairs:
 
 def _local(name: str, run: Run) -> Path:
     """Folder of a model given as one or by its hub name; nothing is downloaded, the hub is not even asked."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import snapshot_download
 
     if Path(name).is_dir():
         return Path(name)
     try:
-        config = try_to_load_from_cache(name, "config.json", cache_dir=run.settings.get("cache_dir"))
-    except ValueError:  # no hub name either
-        config = None
-    if not isinstance(config, str):
-        raise UserError(f"{name} is neither a folder nor a model that has been downloaded to this machine")
-    return Path(config).parent
+        return Path(snapshot_download(name, cache_dir=run.settings.get("cache_dir"), local_files_only=True))
+    except (OSError, ValueError):
+        raise UserError(f"{name} is neither a folder nor a model that has been downloaded to this machine") from None
 
 
 def _encoder(folder: Path) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The basis `curvature`: its metric, its scale, when it is renewed, and what it refuses."""
+"""The reading `Curvature`: its metric, its scale, and when it is renewed."""
 
 import math
 
@@ -12,8 +12,9 @@ from losses import make_loss
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from common.alignment import curvature_alignment
-from dskd.sensitivity import add_curvature
+from dskd import Curvature
+from dskd.controls import ShuffledFactors
+from dskd.readings.curvature import add_curvature
 
 SHAPES = {"square": (5, 5), "wide": (4, 7), "tall": (7, 4), "conv": (4, 2, 3, 3)}
 every_shape = pytest.mark.parametrize("shape", [(5, 5), (4, 7), (7, 4)])
@@ -31,6 +32,13 @@ def factors(m: int, n: int) -> tuple[Tensor, Tensor]:
     """Symmetric, without negative eigenvalues, not of full rank."""
     left, right = draw(m, 3, seed=3), draw(n, 3, seed=4)
     return left @ left.mT, right @ right.mT
+
+
+def alignment(student: Tensor, teacher: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of two matrices and its gradient."""
+    chosen = {"left": left[None], "right": right[None]}
+    value, gradient = Curvature().value_and_gradient(student[None], {"teacher": teacher[None]}, chosen)
+    return value[0], gradient[0]
 
 
 class Run:
@@ -82,43 +90,42 @@ def test_the_loss_is_the_quadratic_form_times_its_scale(shape):
     gap = oracle.as_array(student - teacher)
     scale = np.linalg.norm(gap) / np.linalg.norm(oracle.as_array(A) @ gap @ oracle.as_array(B))
     expected = scale * oracle.curvature_quadratic(student, teacher, oracle.as_array(A), oracle.as_array(B))
-    assert curvature_alignment(student, teacher, A, B).item() == pytest.approx(expected, rel=1e-12)
+    assert alignment(student, teacher, A, B)[0].item() == pytest.approx(expected, rel=1e-12)
 
 
 @every_shape
 def test_its_gradient_is_that_of_the_quadratic_form_at_a_fixed_scale(shape):
-    student, teacher, (A, B) = draw(*shape, seed=1).requires_grad_(), draw(*shape, seed=2), factors(*shape)
-    curvature_alignment(student, teacher, A, B).backward()
-    gap = oracle.as_array(student.detach() - teacher)
+    student, teacher, (A, B) = draw(*shape, seed=1), draw(*shape, seed=2), factors(*shape)
+    _, gradient = alignment(student, teacher, A, B)
+    gap = oracle.as_array(student - teacher)
     scale = np.linalg.norm(gap) / np.linalg.norm(oracle.as_array(A) @ gap @ oracle.as_array(B))
     numbers = [oracle.as_array(each) for each in (teacher, A, B)]
     slope = oracle.finite_difference(lambda W: oracle.curvature_quadratic(W, *numbers), student)
-    assert_close(student.grad, torch.from_numpy(scale * slope), rtol=1e-7, atol=1e-7)
+    assert_close(gradient, torch.from_numpy(scale * slope), rtol=1e-7, atol=1e-7)
 
 
 @every_shape
 def test_its_gradient_has_the_norm_of_the_plain_difference(shape):
-    student, teacher = draw(*shape, seed=1).requires_grad_(), draw(*shape, seed=2)
-    curvature_alignment(student, teacher, *factors(*shape)).backward()
-    assert student.grad.norm().item() == pytest.approx(2 * (student - teacher).norm().item() / min(shape))
+    student, teacher = draw(*shape, seed=1), draw(*shape, seed=2)
+    _, gradient = alignment(student, teacher, *factors(*shape))
+    assert gradient.norm().item() == pytest.approx(2 * (student - teacher).norm().item() / min(shape))
 
 
 def test_identities_give_the_squared_difference():
     student, teacher = draw(4, 7, seed=1), draw(4, 7, seed=2)
-    loss = curvature_alignment(student, teacher, torch.eye(4).double(), torch.eye(7).double())
+    loss, _ = alignment(student, teacher, torch.eye(4).double(), torch.eye(7).double())
     assert loss.item() == pytest.approx((student - teacher).square().sum().item() / 4)
 
 
 def test_the_scale_of_the_factors_does_not_matter():
     student, teacher, (A, B) = draw(5, 5, seed=1), draw(5, 5, seed=2), factors(5, 5)
-    assert_close(curvature_alignment(student, teacher, 7 * A, 0.1 * B), curvature_alignment(student, teacher, A, B))
+    assert_close(alignment(student, teacher, 7 * A, 0.1 * B), alignment(student, teacher, A, B))
 
 
 def test_student_and_teacher_alike_give_zero_and_no_gradient():
-    student = draw(4, 7, seed=1).requires_grad_()
-    loss = curvature_alignment(student, student.detach().clone(), *factors(4, 7))
-    loss.backward()
-    assert (loss.item(), student.grad.abs().max().item()) == (0, 0)
+    student = draw(4, 7, seed=1)
+    loss, gradient = alignment(student, student.clone(), *factors(4, 7))
+    assert (loss.item(), gradient.abs().max().item()) == (0, 0)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -183,8 +190,8 @@ def test_direction_weights_are_the_eigenvalues_of_the_smaller_factor():
         assert run.dskd.effective_directions()[name] == pytest.approx(1 / row.square().sum().item())
 
 
-# Arms
-def test_the_plain_arm_is_the_squared_difference():
+# Controls
+def test_the_plain_control_is_the_squared_difference():
     run = Run(direction="plain")
     run.train(3)
     for name, D in run.gradients().items():
@@ -204,25 +211,37 @@ def test_the_score_random_has_the_same_eigenvalues_on_other_directions():
 
 
 def test_the_score_random_reorders_rows_and_columns_of_a_factor_alike():
-    run = Run(score="random")
-    factor = factors(7, 7)[0]
-    (reordered,) = run.dskd._reordered(["tall"], factor[None], 0)
+    factor, teacher = factors(7, 7)[0], draw(7, 7, seed=5)
+    (reordered,) = ShuffledFactors(Curvature(), 1)._reordered(factor[None], teacher[None], "left")
     assert not torch.equal(reordered, factor)
     assert_close(reordered.diagonal().sort().values, factor.diagonal().sort().values)
     assert_close(torch.linalg.eigvalsh(reordered), torch.linalg.eigvalsh(factor), rtol=1e-9, atol=1e-9)
 
 
-# What it has no use for
-@pytest.mark.parametrize(
-    ("setting", "value", "needed"),
-    [
-        ("rank", 3, "rank 0"),
-        ("score", "tempered", "score sensitivity or random"),
-        ("alpha", 0.5, "alpha None"),
-        ("span", "interval", "span step"),
-        ("smoothing", 0.1, "smoothing 0"),
-    ],
-)
-def test_settings_without_an_effect_are_refused(setting, value, needed):
-    with pytest.raises(ValueError, match=f"^the basis 'curvature' needs {needed}$"):
-        Run(**{setting: value})
+def test_the_order_of_a_factor_stays_the_same_from_one_choice_to_the_next_and_follows_the_seed():
+    teacher, values = draw(7, 7, seed=5), torch.arange(7.0, dtype=torch.float64)
+    orders = [
+        ShuffledFactors(Curvature(), seed)._reordered(torch.diag(scale * values)[None], teacher[None], side) / scale
+        for seed, side, scale in ((1, "left", 1.0), (1, "left", 2.0), (2, "left", 1.0), (1, "right", 1.0))
+    ]
+    assert torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
+    assert not torch.equal(orders[0], orders[3])
+
+
+# Its memory
+@pytest.mark.parametrize("memory", [0.0, 0.5])
+def test_the_memory_is_the_share_of_the_former_factors(memory):
+    gradients = [draw(4, 7, seed=seed)[None] for seed in (1, 2, 3)]
+    reading, chosen = Curvature(memory), Curvature(memory).start(gradients[0])
+    for G in gradients:
+        chosen = reading.choose(G, G, 0.5, chosen)
+    A, B = oracle.mean_factors([G[0] for G in gradients], memory)
+    assert_close(chosen["left"][0], torch.from_numpy(A), rtol=1e-9, atol=1e-12)
+    assert_close(chosen["right"][0], torch.from_numpy(B), rtol=1e-9, atol=1e-12)
+
+
+def test_neither_update_nor_progress_matters():
+    reading, G = Curvature(), draw(4, 7, seed=1)[None]
+    first, second = (reading.choose(dW, G, at, reading.start(G)) for dW, at in ((G, 0.0), (G.flip(-1), 1.0)))
+    assert all(torch.equal(first[side], second[side]) for side in ("left", "right"))

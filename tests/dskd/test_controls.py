@@ -1,4 +1,4 @@
-"""What the ablation varies: fixed alpha, other scores, the update of an interval, the release's gradient."""
+"""What the ablation varies: controls around a reading, of the pairs and of the score, and the update of an interval."""
 
 import io
 import math
@@ -11,7 +11,17 @@ from losses import make_loss
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from dskd.controls import released_gradient
+from dskd import Curvature, Own, Update
+from dskd.controls import (
+    ConstantProgress,
+    Dealt,
+    Plain,
+    RandomDirection,
+    ReleasedGradient,
+    ShuffledFactors,
+    released_gradient,
+)
+from dskd.sensitivity import sensitivity
 
 SHAPES = {"square": (5, 5), "wide": (4, 7), "tall": (7, 4), "conv": (4, 2, 3, 3)}
 RANK = 3
@@ -30,7 +40,7 @@ class Run:
     """Students that move by given updates under given gradients."""
 
     def __init__(self, shapes=SHAPES, seed: int = 1, **settings):
-        torch.manual_seed(seed)  # what the random arms follow
+        torch.manual_seed(seed)  # what the random controls follow by `make_loss`
         self.students = {name: nn.Parameter(draw(*shape, seed=i)) for i, (name, shape) in enumerate(shapes.items())}
         self.teachers = {name: draw(*shape, seed=50 + i) for i, (name, shape) in enumerate(shapes.items())}
         pairs = [(name, W, self.teachers[name]) for name, W in self.students.items()]
@@ -294,8 +304,8 @@ def all_gradients(run: Run) -> list[Tensor]:
 
 # The shuffled teacher
 def seen_teachers(seed: int) -> dict[str, Tensor]:
-    """The matrices that the arm pulls to. While all directions weigh alike the loss is mean ||W_s - W||^2 / r, and its
-    gradient at W_s = 0 is -2 W / r / pairs."""
+    """The matrices that the control pulls to. While all directions weigh alike the loss is mean ||W_s - W||^2 / r, and
+    its gradient at W_s = 0 is -2 W / r / pairs."""
     run = Run(direction="shuffled", rank=0, seed=seed)
     with torch.no_grad():
         for W in run.students.values():
@@ -322,7 +332,7 @@ def test_the_order_follows_the_seed_of_the_run():
 
 
 @every_singular_basis
-def test_the_arm_is_dskd_towards_the_shuffled_teacher(basis):
+def test_the_control_is_dskd_towards_the_shuffled_teacher(basis):
     run, same = Run(direction="shuffled", basis=basis), Run(basis=basis)
     for name, seen in seen_teachers(1).items():
         same.teachers[name].copy_(seen)
@@ -360,7 +370,8 @@ def test_shrinking_pulls_every_singular_value_by_its_weight_and_turns_no_vector(
 def test_a_resumed_run_repeats_the_draws_whatever_the_seed_of_its_process(settings):
     run = Run(**settings)
     run.train(2)
-    resumed = Run(**settings, seed=2)
+    resumed = Run(**settings)
+    torch.manual_seed(2)
     resumed.dskd.load_state_dict(run.dskd.state_dict())
     resumed.step = run.step
     with torch.no_grad():
@@ -372,30 +383,89 @@ def test_a_resumed_run_repeats_the_draws_whatever_the_seed_of_its_process(settin
 
 
 # Refusals
-def test_a_weight_of_one_dimension_is_refused():
-    with pytest.raises(ValueError, match=r"pair bias: \(5,\) is no matrix"):
-        make_loss([("bias", nn.Parameter(torch.ones(5)), torch.zeros(5))])
+@pytest.mark.parametrize("alpha", [1.1, -0.1, math.nan])
+def test_an_alpha_outside_the_unit_interval_is_refused(alpha):
+    with pytest.raises(ValueError, match=rf"alpha must lie in \[0, 1\], got {alpha}"):
+        ConstantProgress(Own(), alpha)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"alpha": 1.1}, r"alpha.*\[0, 1\].*1\.1"),
-        ({"alpha": math.nan}, "alpha.*nan"),
-        ({"alpha": 0.5, "score": "magnitude"}, "alpha.*magnitude"),
-        ({"score": "size"}, "score.*sensitivity, tempered, magnitude, random.*size"),
-        ({"span": "epoch"}, "span.*step, interval.*epoch"),
-        ({"direction": "released", "basis": "update"}, "released.*own.*update"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_a_bad_setting_is_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Run(**settings)
+@pytest.mark.parametrize("reading", [Update(3), Curvature(), Plain(Own())], ids=repr)
+def test_the_released_gradient_is_one_of_own_alone(reading):
+    with pytest.raises(ValueError, match="one of Own") as caught:
+        ReleasedGradient(reading)
+    assert str(caught.value) == f"the released gradient is one of Own, not of {reading!r}"
 
 
-@pytest.mark.parametrize("changed", [{"alpha": 0.0}, {"score": "random"}, {"span": "interval"}])
-def test_a_state_of_other_settings_is_refused(changed):
-    state = Run().dskd.state_dict()
-    with pytest.raises(ValueError, match=f"the saved DSKD state has {next(iter(changed))}"):
-        Run(**changed).dskd.load_state_dict(state)
+@pytest.mark.parametrize("control", [Plain, ReleasedGradient])
+def test_a_control_without_a_seed_takes_none(control):
+    with pytest.raises(TypeError, match="seed"):
+        control(Own(), seed=1)
+
+
+# What a control leaves as it is
+CONTROLS = {
+    "plain": Plain,
+    "random": RandomDirection,
+    "released": ReleasedGradient,
+    "constant": ConstantProgress,
+}
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_has_the_span_of_its_reading(control):
+    for span in ("step", "interval"):
+        assert CONTROLS[control](Own(span=span)).span == span
+
+
+def test_a_control_is_gradual_where_its_reading_is():
+    assert ShuffledFactors(Curvature()).gradual
+    assert not Plain(Own()).gradual
+
+
+@pytest.mark.parametrize("control", ["plain", "random", "released"])
+def test_a_control_chooses_the_directions_of_its_reading(control):
+    run, same = Run(direction=control), Run()
+    for each in (run, same):
+        each.train()
+    assert_close(run.weights(), same.weights(), rtol=0, atol=0)
+    assert_close(run.dskd.update_spectra(), same.dskd.update_spectra(), rtol=0, atol=0)
+
+
+def test_a_control_is_named_with_its_reading_and_its_seed():
+    reading = ConstantProgress(RandomDirection(Own(3, score=Dealt(sensitivity, 7)), 5), 0.5)
+    inner = "Own(rank=3, smoothing=0.0, driver='gram', score=Dealt(sensitivity, seed=7), span='step')"
+    assert repr(reading) == f"ConstantProgress(reading=RandomDirection(reading={inner}, seed=5), alpha=0.5)"
+
+
+@pytest.mark.parametrize("settings", [{"direction": "random"}, {"score": "random"}])
+def test_a_state_of_another_seed_is_refused(settings):
+    run, other = Run(**settings), Run(**settings, seed=2)
+    with pytest.raises(ValueError, match=r"seed=1.* not .*seed=2"):
+        other.dskd.load_state_dict(run.dskd.state_dict())
+
+
+# Random gradients
+def test_random_gradients_follow_the_seed_and_the_numbers_alone():
+    reading, student, teacher = Own(RANK), draw(3, 6, 5, seed=1), draw(3, 6, 5, seed=2)
+    chosen = reading.start(student)
+
+    def drawn(seed: int, shift: float = 0.0) -> Tensor:
+        control = RandomDirection(reading, seed)
+        target = control.target(teacher, chosen, {})
+        return control.value_and_gradient(student + shift, target, chosen)[1]
+
+    first = drawn(1)
+    torch.manual_seed(99)
+    assert torch.equal(drawn(1), first)
+    for other in (drawn(2), drawn(1, 1e-3)):
+        assert not torch.allclose(other, first, rtol=1e-2)
+    cosines = torch.nn.functional.normalize(first.flatten(1), dim=1)
+    assert (cosines @ cosines.T).fill_diagonal_(0).abs().max() < 0.6
+
+
+def test_a_control_of_no_rows_gives_none():
+    nothing = torch.zeros(0, 6, 5, dtype=torch.float64)
+    for control in (Plain(Own(2)), RandomDirection(Own(2)), ReleasedGradient(Own(2)), ConstantProgress(Own(2))):
+        chosen = control.start(nothing)
+        value, gradient = control.value_and_gradient(nothing, control.target(nothing, chosen, {}), chosen)
+        assert (value.shape, gradient.shape) == ((0,), (0, 6, 5))

@@ -1,38 +1,9 @@
-"""Which student layer stands beside which teacher layer, and the weight pairs that follow from it."""
+"""Layers by their names: pairs of weights from pairs of names, and names from patterns with "*"."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
-
-
-def last_of_group(teacher_layers: int, student_layers: int) -> list[int]:
-    """Teacher layer of every student layer where student layer i replaces the i-th group of L/l teacher layers.
-
-    The last layer of the group: (i + 1) * L / l - 1, so that 12 and 6 give 1, 3, 5, 7, 9, 11.
-
-    Raises:
-        ValueError: the teacher's layers do not divide into the student's.
-    """
-    if not 0 < student_layers <= teacher_layers or teacher_layers % student_layers:
-        divisors = [str(n) for n in range(1, teacher_layers + 1) if teacher_layers % n == 0]
-        raise ValueError(
-            f"{teacher_layers} layers do not divide into {student_layers} groups; possible are {', '.join(divisors)}"
-        )
-    group = teacher_layers // student_layers
-    return [(i + 1) * group - 1 for i in range(student_layers)]
-
-
-def spread_evenly(teacher_blocks: int, student_blocks: int) -> list[int]:
-    """Teacher block of every student block of a stage: ceil(linspace(0, B - 1, b)); 9 and 3 give 0, 4, 8.
-
-    Raises:
-        ValueError: the student has more blocks than the teacher.
-    """
-    if not 0 < student_blocks <= teacher_blocks:
-        raise ValueError(f"a stage of {teacher_blocks} teacher blocks cannot pair with {student_blocks} student blocks")
-    gaps, last = student_blocks - 1, teacher_blocks - 1
-    return [-(-i * last // gaps) if gaps else 0 for i in range(student_blocks)]  # in integers: no rounding surprises
 
 
 def pair_weights(
@@ -75,17 +46,23 @@ def expand_patterns(student: nn.Module, patterns: Sequence[tuple[str, str]]) -> 
     Raises:
         ValueError: a pattern that matches no layer of the student, or two patterns with unequal numbers of "*".
     """
+    return expand_names([name for name, _ in student.named_modules()], patterns)
+
+
+def expand_names(student_names: Iterable[str], patterns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """As `expand_patterns`, of a student whose layers have these names."""
     names = []
     for student_pattern, teacher_pattern in patterns:
         if student_pattern.count("*") != teacher_pattern.count("*"):
             raise ValueError(f"layer patterns {student_pattern!r} and {teacher_pattern!r} differ in their number of *")
         expression = re.compile(re.escape(student_pattern).replace(r"\*", "([^.]+)"))
-        matches = [match for name, _ in student.named_modules() if (match := expression.fullmatch(name))]
+        matches = [match for name in student_names if (match := expression.fullmatch(name))]
         if not matches:
             raise ValueError(f"the student has no layer {student_pattern!r}")
+        first, *rest = teacher_pattern.split("*")
         for match in matches:
-            taken = iter(match.groups())
-            names.append((match.group(), re.sub(r"\*", lambda _, taken=taken: next(taken), teacher_pattern)))
+            taken = (part for pair in zip(match.groups(), rest, strict=True) for part in pair)
+            names.append((match.group(), first + "".join(taken)))
     return names
 
 
@@ -99,6 +76,6 @@ def _weight(network: nn.Module, name: str, role: str) -> Tensor:
         weight = network.get_submodule(name).weight
     except AttributeError:
         weight = None
-    if weight is None or weight.ndim < 2:
+    if not isinstance(weight, Tensor) or weight.ndim < 2:
         raise ValueError(f"the {role} has no layer {name!r} with a weight matrix")
     return weight
