@@ -290,7 +290,9 @@ class _Run:
             if self.accelerator.is_main_process:
                 self._save()
         self.accelerator.wait_for_everyone()
-        raise Stopped(signum, f"{self.folder / CHECKPOINT} is of step {self.progress.step}")
+        count = self.accelerator.num_processes
+        again = f" ({count} processes: by torchrun again)" if count > 1 else ""
+        raise Stopped(signum, f"{self.folder / CHECKPOINT} is of step {self.progress.step}{again}")
 
     def _check_student(self) -> None:
         state = self.distiller.student.state_dict()

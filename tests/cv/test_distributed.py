@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from common import ROOT
 # The command line in every process: refused, a whole run, then one that stops behind its first epoch and is resumed.
 PROCESS = """
 import sys
+import time
 from contextlib import suppress
 sys.path.insert(0, {root!r})
 from common.torchvision_repair import repair_torchvision
@@ -203,3 +205,27 @@ def test_an_error_that_one_process_has_is_said(monkeypatch):
     assert [_first_to_say(message) for message in ("a", "a", "b")] == [True, False, True]
     monkeypatch.setenv("MASTER_PORT", "1")
     assert _first_to_say("a")
+
+
+def test_a_signal_stops_both_processes_at_one_step_and_is_said_once(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "cv" / "train_svd.py"), "--cfg", "configs/demo/base.yaml", *SHORT_RUN.split()]
+    command += f"DISTILLER.TYPE vanilla SOLVER.EPOCHS 9999 SOLVER.EVAL_EPOCHS 9999 OUTPUT_DIR {tmp_path}".split()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "metrics.jsonl"
+    while run.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.1)
+    run.terminate()
+    _, errors = run.communicate(timeout=120)
+    step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["step"]
+    told = f"stopped by SIGTERM, {tmp_path / 'checkpoint.pt'} is of step {step} (2 processes: by torchrun again); to go"
+    assert errors.count(told) == errors.count("stopped by") == 1
+    more = (
+        f"DISTILLER.TYPE vanilla SOLVER.EPOCHS {step // 4 + 1} SOLVER.EVAL_EPOCHS 9999 OUTPUT_DIR {tmp_path} --resume"
+    )
+    done = launch(more.split())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line["step"] for line in read_run(tmp_path).steps] == list(range(1, 4 * (step // 4 + 1) + 1))
