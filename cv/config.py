@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 import yaml
@@ -11,11 +13,13 @@ from yacs.config import CfgNode
 
 from common import ROOT
 from common.run.errors import UserError
+from common.run.reading import read_yaml
 from common.run.yaml_files import UniqueKeyLoader
 from common.settings import SETTINGS, key_checks
 from cv.methods import METHODS, method_defaults
 
 _LARGEST = 3.4e38  # the largest number of float32 is just above
+_LARGEST_WHOLE = 10**15  # float64 and int64 hold it with room for a product
 
 
 def defaults() -> CfgNode:
@@ -34,23 +38,27 @@ def defaults() -> CfgNode:
 
     cfg.DISTILLER = CfgNode()
     cfg.DISTILLER.TYPE = "vanilla"  # method: vanilla trains the student alone, see cv/methods (str)
-    cfg.DISTILLER.STUDENT = "resnet20"  # network that is trained, see cv/models (str)
+    cfg.DISTILLER.STUDENT = "resnet20"  # network that is trained, see cv/models; timm/<name>, torchvision/<name> (str)
+    cfg.DISTILLER.STUDENT_CKPT = ""  # safetensors file that a timm or torchvision student starts from (str)
     cfg.DISTILLER.TEACHER = ""  # network that is distilled; vanilla needs none without DSKD and START teacher (str)
     cfg.DISTILLER.TEACHER_CKPT = ""  # folder with its model.json and model.safetensors (str, default: found by name)
     cfg.DISTILLER.START = "random"  # the student's weights: random, or teacher: a copy of its paired blocks (str)
 
     cfg.SOLVER = CfgNode()
-    cfg.SOLVER.BATCH_SIZE = 64  # images per optimizer step, over all ranks together (int)
+    cfg.SOLVER.BATCH_SIZE = 64  # images per optimizer step, over all processes together (int)
     cfg.SOLVER.EPOCHS = 240  # passes over the training set (int)
     cfg.SOLVER.EVAL_EPOCHS = 1  # epochs between two evaluations and checkpoints; the last epoch has both (int)
-    cfg.SOLVER.LR = 0.05  # learning rate of SGD at the start (float)
+    cfg.SOLVER.OPTIMIZER = "sgd"  # sgd or adamw (str)
+    cfg.SOLVER.LR = 0.05  # learning rate at the start (float)
+    cfg.SOLVER.SCHEDULE = "steps"  # of the rate: steps, or cosine from LR towards 0, epoch by epoch (str)
     cfg.SOLVER.LR_DECAY_STAGES = [150, 180, 210]  # epochs after which the rate is multiplied by LR_DECAY_RATE (list)
     cfg.SOLVER.LR_DECAY_RATE = 0.1  # factor of a decay (float)
     cfg.SOLVER.MOMENTUM = 0.9  # of SGD (float)
-    cfg.SOLVER.WEIGHT_DECAY = 5e-4  # of SGD, on every parameter (float)
+    cfg.SOLVER.WEIGHT_DECAY = 5e-4  # on every parameter; AdamW's is apart from the gradient (float)
     cfg.SOLVER.SEED = 1  # of initialisation, order and augmentation (int)
     cfg.SOLVER.PRECISION = "fp32"  # fp32, bf16 or fp16 (GPU only) mixed precision (str)
     cfg.SOLVER.CHANNELS_LAST = True  # NHWC memory layout of images and weights (bool)
+    cfg.SOLVER.SYNC_BN = False  # batch statistics of all processes together: several train as one does (bool)
     cfg.SOLVER.COMPILE = False  # torch.compile of student and teacher; pays on long runs (bool)
 
     cfg.DSKD = CfgNode()
@@ -121,10 +129,7 @@ def _find(path: str) -> Path:
 
 
 def _merge_file(cfg: CfgNode, path: Path, above: tuple[Path, ...] = ()) -> None:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or an impossible date
-        raise UserError(f"{path} cannot be read as YAML: {error}") from error
+    tree = read_yaml(path) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected KEY: value lines")
     if base := tree.pop("BASE", None):
@@ -154,11 +159,15 @@ def _set(cfg: CfgNode, key: str, value: Any, where: str) -> None:
     if isinstance(value, str) and not isinstance(valid[key], str):
         value = _parse(value)
     if isinstance(valid[key], float) and (type(value) is int or (isinstance(value, str) and _is_number(value))):
-        value = float(value)  # YAML 1.1 reads 5e-4 as a text
+        with suppress(OverflowError):  # a whole number beyond all floats; its type is refused
+            value = float(value)  # YAML 1.1 reads 5e-4 as a text
     if type(value) is not type(valid[key]):
         raise UserError(
-            f"{where}: {key} must be of type {type(valid[key]).__name__} (such as {valid[key]!r}), got {value!r}"
+            f"{where}: {key} must be of type {type(valid[key]).__name__} (such as {valid[key]!r}), got {_shown(value)}"
         )
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, int) and not abs(each) <= _LARGEST_WHOLE:
+            raise UserError(f"{where}: {key} = {_shown(value)}: expected {_LARGEST_WHOLE} at most")
     if isinstance(value, float) and not abs(value) <= _LARGEST:  # also true for NaN
         raise UserError(f"{where}: {key} = {value!r}: expected a finite number, {_LARGEST:g} at most")
     node = cfg
@@ -180,9 +189,19 @@ def _unknown(key: str, valid: dict[str, Any]) -> str:
 def _parse(text: str) -> Any:
     """A value of the command line as YAML reads it; text that is no YAML stays as it is, to be refused by its type."""
     try:
-        return yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
+        return yaml.load(text, UniqueKeyLoader)
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError):
         return text
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, cut off: aliases make one of 10^10 entries out of a hundred bytes."""
+    short = Repr()
+    short.maxlevel, short.maxlist, short.maxdict, short.maxstring, short.maxother = 3, 20, 10, 200, 200
+    try:
+        return short.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _is_number(text: str) -> bool:
@@ -206,6 +225,8 @@ def _validate(cfg: CfgNode, where: str) -> None:
         ("SOLVER.EPOCHS", solver.EPOCHS >= 1, "at least 1"),
         ("SOLVER.EVAL_EPOCHS", solver.EVAL_EPOCHS >= 1, "at least 1"),
         ("SOLVER.LR", solver.LR > 0, "above 0"),
+        ("SOLVER.OPTIMIZER", solver.OPTIMIZER in ("sgd", "adamw"), "sgd or adamw"),
+        ("SOLVER.SCHEDULE", solver.SCHEDULE in ("steps", "cosine"), "steps or cosine"),
         ("SOLVER.LR_DECAY_STAGES", all(type(e) is int and e > 0 for e in solver.LR_DECAY_STAGES), "whole epochs"),
         ("SOLVER.LR_DECAY_RATE", solver.LR_DECAY_RATE > 0, "above 0"),
         ("SOLVER.MOMENTUM", 0 <= solver.MOMENTUM < 1, "in [0, 1)"),
@@ -220,7 +241,7 @@ def _validate(cfg: CfgNode, where: str) -> None:
     values = leaves(cfg)
     for key, holds, expected in checks:
         if not holds:
-            raise UserError(f"{where}: {key} = {values[key]!r}: expected {expected}")
+            raise UserError(f"{where}: {key} = {_shown(values[key])}: expected {expected}")
 
 
 def _is_pair(value: Any) -> bool:

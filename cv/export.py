@@ -3,19 +3,32 @@
 import copy
 import importlib.util
 import json
+import shlex
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from common.run.errors import UserError
 from common.run.files import write_aside, write_text
+from common.run.reading import read_json, read_safetensors
 from cv.models import Network, build_model
 
 NEEDED = ("architecture", "num_classes", "in_channels")
+DESCRIBED = (  # keys that are read: type, in words
+    ("architecture", str, "a network's name"),
+    ("num_classes", int, "a whole number"),
+    ("in_channels", int, "a whole number"),
+    ("accuracy", (int, float), "a number, in percent"),
+    ("held_out", int, "a number of images"),
+    ("dataset", str, "a data set's name"),
+    ("class_names", list, "a list of names"),
+)
+LARGEST = 10**6  # of num_classes and in_channels
+PICKLED = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".pkl")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_TOLERANCE = 1e-4
 
@@ -55,29 +68,49 @@ def load_model(path: str | Path) -> tuple[Network, dict[str, Any]]:
     path = Path(path)
     description = path / "model.json" if path.is_dir() else path
     weights = description.with_suffix(".safetensors")
+    _refuse_pickles(path, description)
     for file in (description, weights):
         if not file.is_file():
             raise UserError(f"{file}: no such file; a saved network is a model.json with a model.safetensors beside it")
-    try:
-        info = json.loads(description.read_text(encoding="utf-8"))
-    except ValueError as error:  # malformed JSON or not UTF-8
-        raise UserError(f"{description}: not a JSON file: {error}") from None
-    for key in NEEDED:
-        if not isinstance(info, dict) or key not in info:
-            raise UserError(f"{description}: key {key!r} is missing; needed are {', '.join(NEEDED)}")
-    try:
-        state = load_file(weights)
-    except SafetensorError as error:
-        raise UserError(f"{weights}: not a safetensors file: {error}") from None
+    info = _read_description(description)
+    state = read_safetensors(weights)
     try:
         expected = _expected_shapes(info)
     except UserError as error:
         raise UserError(f"{description}: {error}") from None
     if difference := _difference(expected, {key: value.shape for key, value in state.items()}):
         raise UserError(f"{weights}: does not fit {info['architecture']} in {description}: {difference}")
+    if broken := next((key for key, value in state.items() if not value.isfinite().all()), None):
+        raise UserError(f"{weights}: {broken} is not finite; the file is damaged, or of a training that diverged")
     model = build_model(*(info[key] for key in NEEDED))
     model.load_state_dict(state)
     return model.eval(), info
+
+
+def _refuse_pickles(path: Path, description: Path) -> None:
+    pickles = [path] if path.is_file() and path.suffix != ".json" else []
+    if path.is_dir() and not description.exists():
+        pickles = sorted(each for each in path.iterdir() if each.suffix in PICKLED)
+    if pickles:
+        raise UserError(
+            f"{pickles[0]} is not read: a teacher is a folder with model.json and model.safetensors; a pickled "
+            f"checkpoint becomes one by `python -m cv.convert_teacher {shlex.quote(str(pickles[0]))} --architecture "
+            "NAME`"
+        )
+
+
+def _read_description(file: Path) -> dict[str, Any]:
+    info = read_json(file)
+    for key in NEEDED:
+        if key not in info:
+            raise UserError(f"{file}: key {key!r} is missing; needed are {', '.join(NEEDED)}")
+    for key, kind, expected in DESCRIBED:
+        if info.get(key) is not None and (not isinstance(info[key], kind) or isinstance(info[key], bool)):
+            raise UserError(f"{file}: {key} is {shorten(repr(info[key]), 80)}; expected {expected}")
+    for key in ("num_classes", "in_channels"):
+        if not 1 <= info[key] <= LARGEST:
+            raise UserError(f"{file}: {key} is {info[key]}; expected 1 to {LARGEST}")
+    return info
 
 
 def check_onnx_packages() -> None:

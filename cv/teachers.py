@@ -1,25 +1,33 @@
-"""Trained teachers: found by an explicit folder, or by name among the user's own and the shipped."""
+"""Trained networks: teachers, by a folder or by name among the user's own and the shipped; a student's start."""
 
 import hashlib
 import shlex
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from yacs.config import CfgNode
 
 from common import ROOT
 from common.run.errors import UserError
+from common.run.reading import read_safetensors
 from cv.config import repository_path
 from cv.export import load_model
-from cv.models import Network, build_model
+from cv.models import LibraryNetwork, Network, build_model
 
 
 class Teacher(NamedTuple):
-    """A trained teacher in eval mode, the SHA-256 of its weights' file, and a line with its folder and accuracy."""
+    """A trained teacher in eval mode.
+
+    Attributes:
+        sha256: of its weights' file.
+        line: its folder and accuracy.
+        notes: what the user should know of it.
+    """
 
     network: Network
     sha256: str
     line: str
+    notes: tuple[str, ...] = ()
 
 
 def find_teacher(cfg: CfgNode) -> Path:
@@ -60,12 +68,18 @@ def weights_hash(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
-def load_teacher(cfg: CfgNode, num_classes: int, in_channels: int) -> Teacher:
+def load_teacher(
+    cfg: CfgNode, num_classes: int, in_channels: int, classes: list[str] | None = None, *, by_class: bool = False
+) -> Teacher:
     """The trained teacher of a run.
 
+    Args:
+        classes: names of the data set's classes, if they are known.
+        by_class: whether the method compares the two networks class by class.
+
     Raises:
-        UserError: no name, no checkpoint, another architecture or number of classes than asked for, or one that has
-            seen the images that this run holds out.
+        UserError: no name, no checkpoint, another architecture or number of classes than asked for, other classes
+            where they are compared, or one that has seen the images that this run holds out.
     """
     name = cfg.DISTILLER.TEACHER
     if not name:
@@ -88,4 +102,54 @@ def load_teacher(cfg: CfgNode, num_classes: int, in_channels: int) -> Teacher:
         )
     accuracy = f", top-1 {info['accuracy']:.2f}" if info.get("accuracy") is not None else ""
     accuracy += " on held-out images" if accuracy and left_out else ""
-    return Teacher(teacher, weights_hash(folder), f"{name} of {folder}{accuracy}")
+    notes = _data_notes(cfg, folder, info, classes, by_class)
+    return Teacher(teacher, weights_hash(folder), f"{name} of {folder}{accuracy}", notes)
+
+
+def _data_notes(
+    cfg: CfgNode, folder: Path, info: dict[str, Any], classes: list[str] | None, by_class: bool
+) -> tuple[str, ...]:
+    """Of a teacher of other data: an error where its classes are compared, a note otherwise."""
+    theirs = info.get("class_names")
+    for number, (found, expected) in enumerate(zip(theirs or (), classes or (), strict=False)):
+        if found != expected:
+            told = f"{folder}: class {number} of the teacher is {found!r}, of this data set {expected!r}"
+            if by_class:
+                raise UserError(
+                    f"{told}, and {cfg.DISTILLER.TYPE} compares the two networks class by class; train a "
+                    f"{cfg.DISTILLER.TEACHER} on this data set, and give it as DISTILLER.TEACHER_CKPT"
+                )
+            return (told,)
+    dataset = info.get("dataset") or cfg.DATASET.NAME
+    if dataset != cfg.DATASET.NAME:
+        return (f"{folder}: the teacher was trained on {dataset}, this run is on {cfg.DATASET.NAME}",)
+    return ()
+
+
+def load_student(cfg: CfgNode, student: Network) -> tuple[str, ...]:
+    """Let a student of a library start from `DISTILLER.STUDENT_CKPT`, weights by the library's names; gives notes.
+
+    A classifier for other classes is left as it is.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit the network; the first difference is named.
+    """
+    if not cfg.DISTILLER.STUDENT_CKPT:
+        return ()
+    if not isinstance(student, LibraryNetwork):
+        raise UserError(
+            "DISTILLER.STUDENT_CKPT is for students of timm and torchvision; see DISTILLER.START for others"
+        )
+    file, name = repository_path(cfg.DISTILLER.STUDENT_CKPT), cfg.DISTILLER.STUDENT
+    found, expected = read_safetensors(file), student.net.state_dict()
+    head = [key for key in expected if key.startswith(student.classifier_name)]
+    left = [key for key in head if key in found and found[key].shape != expected[key].shape]
+    for key in [*expected, *found]:
+        ours, theirs = (tuple(each[key].shape) if key in each else "absent" for each in (expected, found))
+        if ours != theirs and key not in left:
+            raise UserError(
+                f"DISTILLER.STUDENT_CKPT {file} is not a {name}: {key} is {theirs} in it, {ours} in the network"
+            )
+    student.net.load_state_dict({**found, **{key: expected[key] for key in left}})
+    begins = f"{name} starts from {file}"
+    return (f"{begins}, its classifier from random weights, as the classes are others" if left else begins,)

@@ -1,9 +1,10 @@
 """One run from data to result: train a student by a method and DSKD, evaluate, checkpoint, export."""
 
 import importlib.util
-import shutil
+import math
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +17,36 @@ from yacs.config import CfgNode
 
 from common import ROOT
 from common.run.choices import ChoiceLog
-from common.run.errors import UserError, user_errors
-from common.run.files import check_writable, write_aside
-from common.run.record import RunRecord, check_circumstances
+from common.run.disk import check_space
+from common.run.errors import UserError
+from common.run.files import write_aside, write_json
+from common.run.record import RunRecord
+from common.run.stopping import Request, Stopped, stop_requests
+from cv import checkpoint
 from cv.blocks import copy_from_teacher
-from cv.config import as_dict, defaults, leaves, repository_path
+from cv.config import as_dict, repository_path
 from cv.data import DataSets, EpochLoader, load_dataset
+from cv.data.memory import memory_errors, memory_is_short
 from cv.dskd import build_dskd, layer_map, layer_pairs
 from cv.export import check_onnx_packages, export_onnx, load_model, save_model
 from cv.methods import METHODS, Distiller, build_distiller
 from cv.models import build_model
-from cv.teachers import find_teacher, load_teacher
+from cv.output import CHECKPOINT, WRITTEN, RunFolder
+from cv.sync_bn import synchronise
+from cv.teachers import find_teacher, load_student, load_teacher
 from dskd.groups import Pairs
 
 EVALUATION_BATCH = 500
-CHECKPOINT = "checkpoint.pt"
-# what a resumed run may change; LOG.*, too
-_FREE_ON_RESUME = ("OUTPUT_DIR", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "SOLVER.EPOCHS", "SOLVER.COMPILE")
-_WRITTEN = (CHECKPOINT, "student", "student_best", "tracking", "config.json", "metrics.jsonl", "directions.jsonl")
-_WRITTEN += ("result.json",)
+# a signal that stops several processes is seen by one of them first: so many steps lie between their agreements
+_AGREE_STEPS = 10
 
 
 def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
-    """Train as `cfg` says (cv/config.py) and return the contents of result.json (None on ranks other than 0).
+    """Train as `cfg` says (cv/config.py) and return the contents of result.json (None on processes other than 0).
 
     Raises:
         UserError: bad settings, missing data or teacher, an output folder in use, a loss or student that is not finite.
+        Stopped: SIGTERM or SIGINT, after the step has been finished and saved.
     """
     solver = cfg.SOLVER
     cpu = not torch.cuda.is_available()
@@ -57,12 +62,25 @@ def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dic
         mixed_precision={"fp32": "no"}.get(solver.PRECISION, solver.PRECISION),
         log_with=cfg.LOG.TRACKERS or None,
         project_dir=folder / "tracking",
-        # every rank keeps its own batch statistics and contrast memories; rank 0's are evaluated and saved
+        # every process has its own batch statistics and contrast memories; the first one's are evaluated and saved
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    _check_folder(folder, resume=resume, overwrite=overwrite)
+    output = RunFolder(folder, main=accelerator.is_main_process)
+    with output.hold(), memory_errors():
+        accelerator.wait_for_everyone()
+        return _train(cfg, output, accelerator, resume=resume, overwrite=overwrite)
+
+
+def _train(
+    cfg: CfgNode, output: RunFolder, accelerator: Accelerator, *, resume: bool, overwrite: bool
+) -> dict[str, Any] | None:
+    """Read and build everything, so that what is wrong with it costs no earlier run; then train."""
+    solver = cfg.SOLVER
+    resume = output.check(resume=resume, overwrite=overwrite)
     if solver.BATCH_SIZE % accelerator.num_processes:
-        raise UserError(f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} does not divide into {accelerator.num_processes} ranks")
+        raise UserError(
+            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} does not divide into {accelerator.num_processes} processes"
+        )
     data = load_dataset(
         cfg.DATASET.NAME,
         repository_path(cfg.DATASET.ROOT),
@@ -74,13 +92,12 @@ def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dic
     set_seed(solver.SEED)
     distiller, pairs, teacher_sha256 = _build(cfg, data, accelerator)
     if overwrite and teacher_sha256 is not None:
-        _check_teacher_stays(find_teacher(cfg), folder)
+        _check_teacher_stays(find_teacher(cfg), output.path)
+    run = _Run(cfg, output, accelerator, data, distiller, pairs, teacher_sha256)
+    check_space("OUTPUT_DIR", output.path, 2 * run.checkpoint_bytes())
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and not resume:
-        for name in _WRITTEN:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    run = _Run(cfg, folder, accelerator, data, distiller, pairs, teacher_sha256)
+    if not resume:
+        output.set_aside()
     return run.train(resume)
 
 
@@ -111,7 +128,9 @@ def evaluate(model: nn.Module, loader: EpochLoader) -> dict[str, float]:
 
 
 def learning_rate(solver: CfgNode, epoch: int) -> float:
-    """Rate in an epoch (from 1): LR times LR_DECAY_RATE for every stage that lies behind it."""
+    """Rate in an epoch (from 1): LR times LR_DECAY_RATE for every stage behind it, or on a cosine from LR towards 0."""
+    if solver.SCHEDULE == "cosine":
+        return solver.LR * (1 + math.cos(math.pi * (epoch - 1) / solver.EPOCHS)) / 2
     return solver.LR * solver.LR_DECAY_RATE ** sum(epoch > stage for stage in solver.LR_DECAY_STAGES)
 
 
@@ -135,14 +154,14 @@ class _Run:
     def __init__(
         self,
         cfg: CfgNode,
-        folder: Path,
+        output: RunFolder,
         accelerator: Accelerator,
         data: DataSets,
         distiller: Distiller,
         pairs: Pairs,
         teacher_sha256: str | None,
     ):
-        self.cfg, self.folder, self.accelerator, self.data = cfg, folder, accelerator, data
+        self.cfg, self.output, self.folder, self.accelerator, self.data = cfg, output, output.path, accelerator, data
         self.distiller, self.pairs, self.teacher_sha256 = distiller, pairs, teacher_sha256
         solver = cfg.SOLVER
         self.dskd = build_dskd(pairs, cfg.DSKD, solver.SEED) if cfg.DSKD.ENABLED else None
@@ -160,17 +179,16 @@ class _Run:
             shuffle=True,
             # batch norm cannot train on a single image
             drop_last=self._images_of_last_batch() == 1,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
             **common,
         )
         self.test_loader = EpochLoader(data.test, EVALUATION_BATCH, augment=None, shuffle=False, **common)
-        optimizer = torch.optim.SGD(
-            distiller.trainable_parameters(),
-            lr=solver.LR,
-            momentum=solver.MOMENTUM,
-            weight_decay=solver.WEIGHT_DECAY,
-        )
+        settings = {"lr": solver.LR, "weight_decay": solver.WEIGHT_DECAY}
+        if solver.OPTIMIZER == "adamw":
+            optimizer = torch.optim.AdamW(distiller.trainable_parameters(), **settings)
+        else:
+            optimizer = torch.optim.SGD(distiller.trainable_parameters(), momentum=solver.MOMENTUM, **settings)
         self.model, self.optimizer = accelerator.prepare(distiller, optimizer)
         self.progress = _Progress()
         self.total_steps = solver.EPOCHS * len(self.loader)
@@ -178,8 +196,8 @@ class _Run:
             self.dskd.attach(self.optimizer, self.total_steps)
 
     def _images_of_last_batch(self) -> int:
-        ranks = self.accelerator.num_processes
-        return -(-len(self.data.train) // ranks) % (self.cfg.SOLVER.BATCH_SIZE // ranks)
+        processes = self.accelerator.num_processes
+        return -(-len(self.data.train) // processes) % (self.cfg.SOLVER.BATCH_SIZE // processes)
 
     def train(self, resume: bool) -> dict[str, Any] | None:
         if resume:
@@ -188,16 +206,19 @@ class _Run:
         if main and progress.epoch < cfg.SOLVER.EPOCHS:
             (self.folder / "result.json").unlink(missing_ok=True)  # of the run that is resumed: no longer its result
         resume_step = progress.step if resume else None
+        if main:  # before any other file: it tells whose the folder is
+            write_json(self.folder / "config.json", as_dict(cfg))
         self.record = RunRecord(self.folder, as_dict(cfg), resume_step) if main else None
         self.directions = None
         if main and self.dskd is not None:
             self.directions = ChoiceLog(self.folder, self.dskd, self.pairs, resume_step)
         self.accelerator.init_trackers("run")
         bar = tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=not (main and cfg.LOG.PROGRESS))
-        start = time.perf_counter() - progress.wall_seconds
-        with bar:
-            for epoch in range(progress.epoch + 1, cfg.SOLVER.EPOCHS + 1):
-                self._train_epoch(epoch, bar)
+        self.start = time.perf_counter() - progress.wall_seconds
+        first, done = divmod(progress.step, len(self.loader))  # a signal may have stopped the run within an epoch
+        with bar, stop_requests() as request:
+            for epoch in range(first + 1, cfg.SOLVER.EPOCHS + 1):
+                self._train_epoch(epoch, bar, request, done if epoch == first + 1 else 0)
                 self._check_student()  # the loss tells nothing of the last update
                 evaluated = epoch % cfg.SOLVER.EVAL_EPOCHS == 0 or epoch == cfg.SOLVER.EPOCHS
                 if main and evaluated:
@@ -207,50 +228,86 @@ class _Run:
                     bar.set_postfix_str(f"epoch {epoch}, top-1 {scores['top1']:.2f}")
                     if progress.best["epoch"] == epoch:
                         self._export("student_best", progress.best)
-                    progress.epoch, progress.wall_seconds = epoch, time.perf_counter() - start
+                    progress.epoch = epoch
                     self._save()
-        self.accelerator.wait_for_everyone()  # no rank closes its connections while another still reads
+                if epoch < cfg.SOLVER.EPOCHS:
+                    self._stop_if_asked(request, saved=evaluated)
+        self.accelerator.wait_for_everyone()  # no process closes its connections while another still reads
         self.accelerator.end_training()
-        return self._finish(time.perf_counter() - start) if main else None
+        return self._finish(time.perf_counter() - self.start) if main else None
 
-    def _train_epoch(self, epoch: int, bar: tqdm) -> None:
+    def _train_epoch(self, epoch: int, bar: tqdm, request: Request, done: int) -> None:
+        """The steps of an epoch after the first `done`."""
         solver, progress = self.cfg.SOLVER, self.progress
         rate = learning_rate(solver, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
         self.distiller.epoch.fill_(epoch)
-        start, first_step = time.perf_counter(), progress.step
-        for images, labels, indices in self.loader.epoch(epoch):
-            logged = (progress.step + 1) % self.cfg.LOG.INTERVAL == 0
-            logged = logged or progress.step + 1 == first_step + len(self.loader)
+        start, first_step, before = time.perf_counter(), progress.step, progress.seconds
+        last_step = epoch * len(self.loader)
+        for images, labels, indices in self.loader.epoch(epoch, done):
+            logged = (progress.step + 1) % self.cfg.LOG.INTERVAL == 0 or progress.step + 1 == last_step
             # before the step, which may choose new directions: the loss of this step is along these
             concentration = self._concentration() if logged else {}
             try:
                 losses, correct = self._step(images, labels, indices)
             except torch.linalg.LinAlgError as error:  # DSKD decomposes weights that are no longer finite
-                raise UserError(f"the run diverged in step {progress.step + 1}: {error}; lower SOLVER.LR") from error
+                raise self._diverged(progress.step + 1, str(error)) from error
             progress.step += 1
             if self.directions is not None:
                 self.directions.follow(progress.step)
             bar.update()
-            if logged:
+            if logged or progress.step == 1:  # the first one comes before any update: its cause is another
                 values = {name: value.item() for name, value in losses.items()}
                 if not all(abs(value) < float("inf") for value in values.values()):
-                    raise UserError(f"the run diverged in step {progress.step}: {values}; lower SOLVER.LR")
+                    raise self._diverged(progress.step, str(values))
+            if logged:
                 seconds = time.perf_counter() - start
                 images_done = min((progress.step - first_step) * solver.BATCH_SIZE, len(self.data.train))
                 values |= {"train_top1": 100 * correct.item() / len(labels), "learning_rate": rate}
                 values |= {"images_per_second": images_done / seconds}
                 self._log(**values, **concentration)
-        progress.seconds += time.perf_counter() - start
+            progress.seconds = before + time.perf_counter() - start
+            if progress.step < last_step and (self.accelerator.num_processes == 1 or progress.step % _AGREE_STEPS == 0):
+                self._stop_if_asked(request, saved=False)
+
+    def _stop_if_asked(self, request: Request, *, saved: bool) -> None:
+        """End the run where a signal has asked one of the processes to; `saved`: the checkpoint is of this step.
+
+        Raises:
+            Stopped: it has.
+        """
+        signum = request.signum or 0
+        if self.accelerator.num_processes > 1:
+            asked = torch.tensor(signum, device=self.accelerator.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            signum = int(asked)
+        if not signum:
+            return
+        if not saved:
+            self._check_student()
+            if self.accelerator.is_main_process:
+                self._save()
+        self.accelerator.wait_for_everyone()
+        count = self.accelerator.num_processes
+        again = f" ({count} processes: by torchrun again)" if count > 1 else ""
+        raise Stopped(signum, f"{self.folder / CHECKPOINT} is of step {self.progress.step}{again}")
 
     def _check_student(self) -> None:
         state = self.distiller.student.state_dict()
         if not torch.stack([value.isfinite().all() for value in state.values()]).all():
-            raise UserError(
-                f"the run diverged in step {self.progress.step}: the student's weights are not finite; lower SOLVER.LR"
+            raise self._diverged(self.progress.step, "the student's weights are not finite")
+
+    def _diverged(self, step: int, found: str) -> UserError:
+        """What is to be said of numbers that are not finite; in the loss of step 1 the learning rate has no part."""
+        if step == 1 and "weights" not in found:
+            return UserError(
+                f"the loss is not finite in step 1, before any update: {found}; look at the weights of its parts "
+                f"({self.cfg.DISTILLER.TYPE.upper()}.*, DSKD.LAMBDA), the teacher and SOLVER.PRECISION"
             )
+        advice = "lower SOLVER.LR" + (", or take bf16" if self.cfg.SOLVER.PRECISION == "fp16" else "")
+        return UserError(f"the run diverged in step {step}: {found}; {advice}")
 
     def _concentration(self) -> dict[str, float]:
         if self.dskd is None:
@@ -294,23 +351,39 @@ class _Run:
             seed=self.cfg.SOLVER.SEED,
         )
 
-    def _save(self) -> None:
-        # the teacher comes from its own checkpoint again
-        weights = {k: v for k, v in self.distiller.state_dict().items() if not k.startswith("teacher.")}
+    def _state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
-        state = {
-            "weights": weights,
+        return {
+            "weights": checkpoint.weights(self.distiller),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "dskd": None if self.dskd is None else self.dskd.state_dict(),
             "progress": vars(self.progress),
             "config": as_dict(self.cfg),
             "teacher_sha256": self.teacher_sha256,
+            "data_sha256": self.data_sha256,
             "circumstances": self._circumstances(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
+
+    def _save(self) -> None:
+        self.progress.wall_seconds = time.perf_counter() - self.start
+        state = checkpoint.sealed(self._state())
         write_aside(self.folder / CHECKPOINT, lambda path: torch.save(state, path))
+        self.output.settle()
+
+    def checkpoint_bytes(self) -> int:
+        """About the size of a checkpoint with the student beside it, to see whether there is room."""
+        weights = sum(value.nbytes for value in checkpoint.weights(self.distiller).values())
+        learned = sum(parameter.nbytes for parameter in self.distiller.trainable_parameters())
+        held = sum(weight.nbytes for _, weight, _ in self.pairs)  # the gradient that DSKD holds
+        return 2 * weights + learned + held
+
+    @cached_property
+    def data_sha256(self) -> str:
+        """Of the images and labels that are trained on."""
+        return checkpoint.fingerprint([self.data.train.images, self.data.train.labels])
 
     def _circumstances(self) -> dict[str, int]:
         """What steps and batches depend on besides the settings."""
@@ -318,36 +391,25 @@ class _Run:
         return {"processes": processes, "training images": len(train), "classes": train.num_classes}
 
     def _load(self) -> None:
-        state = _read_checkpoint(self.folder / CHECKPOINT)
-        before = leaves(defaults()) | leaves(CfgNode(state["config"]))  # a setting that is new since: its default
-        for key, value in leaves(self.cfg).items():
-            if value != before[key] and key not in _FREE_ON_RESUME and not key.startswith("LOG."):
-                raise UserError(
-                    f"--resume: {self.folder / CHECKPOINT} was written with {key} = {before[key]!r}, "
-                    f"and {value!r} is asked for now"
-                )
-        check_circumstances(self.folder / CHECKPOINT, state.get("circumstances", {}), self._circumstances())
-        if state.get("teacher_sha256", self.teacher_sha256) != self.teacher_sha256:
-            raise UserError(
-                f"--resume: {self.folder / CHECKPOINT} was written with another {self.cfg.DISTILLER.TEACHER} "
-                "as teacher; give its folder as DISTILLER.TEACHER_CKPT"
-            )
-        self.distiller.load_state_dict(state["weights"], strict=False)  # all but the teacher
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.dskd is not None:
-            with user_errors():
+        path = self.folder / CHECKPOINT
+        state = checkpoint.read(path)
+        checkpoint.check(path, state, self.cfg, self._circumstances(), self.teacher_sha256, lambda: self.data_sha256)
+        with checkpoint.restoring(path):
+            checkpoint.load_weights(self.distiller, state["weights"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.accelerator.scaler is not None and state["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            if self.dskd is not None:
                 self.dskd.load_state_dict(state["dskd"])
-        self.progress = _Progress(**state["progress"])
+            self.progress = _Progress(**state["progress"])
+            torch.set_rng_state(state["random"])
+            if state["random_cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(state["random_cuda"])
         if self.progress.epoch > self.cfg.SOLVER.EPOCHS:
             raise UserError(
                 f"--resume: {self.progress.epoch} epochs are done already, and SOLVER.EPOCHS is "
                 f"{self.cfg.SOLVER.EPOCHS}"
             )
-        torch.set_rng_state(state["random"])
-        if state["random_cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["random_cuda"])
 
     def _finish(self, wall_seconds: float) -> dict[str, Any]:
         cfg, progress = self.cfg, self.progress
@@ -383,41 +445,23 @@ class _Run:
         return result
 
 
-def _check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    check_writable("OUTPUT_DIR", folder)
-    if resume and not (folder / CHECKPOINT).exists():
-        raise UserError(f"--resume: there is no {CHECKPOINT} in {folder}")
-    if not (resume or overwrite) and folder.exists() and any((folder / name).exists() for name in _WRITTEN):
-        raise UserError(f"OUTPUT_DIR {folder} holds a run; give --resume, --overwrite or another OUTPUT_DIR")
-
-
 def _check_teacher_stays(teacher: Path, folder: Path) -> None:
-    if any(teacher.resolve().is_relative_to((folder / name).resolve()) for name in _WRITTEN):
+    if any(teacher.resolve().is_relative_to((folder / name).resolve()) for name in WRITTEN):
         raise UserError(f"--overwrite would remove the teacher, {teacher}; give another OUTPUT_DIR")
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except OSError as error:  # nothing is known about the run: no advice to replace it
-        raise UserError(f"--resume: {path} cannot be read: {error.strerror or error}") from error
-    except Exception:  # of a file that is no checkpoint torch raises whatever its bytes lead to
-        state = None
-    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-        raise UserError(f"--resume: {path} is not the checkpoint of a run; start again with --overwrite")
-    return state
 
 
 def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Distiller, Pairs, str | None]:
     """The method with its networks on the device, DSKD's pairs, the teacher's hash; prints what distils what."""
     classes, channels = data.train.num_classes, data.train.images.shape[1]
     student = build_model(cfg.DISTILLER.STUDENT, classes, channels)
+    source_of_student = load_student(cfg, student)
     _check_images(cfg, student, tuple(data.train.images.shape[1:]))
     method = METHODS[cfg.DISTILLER.TYPE]
-    teacher, teacher_sha256, source = None, None, None
+    teacher, teacher_sha256, source, notes = None, None, None, ()
     copied = cfg.DISTILLER.START == "teacher"
     if method.needs_teacher or cfg.DSKD.ENABLED or copied:
-        teacher, teacher_sha256, source = load_teacher(cfg, classes, channels)
+        by_class = method.needs_teacher and method.compares_classes
+        teacher, teacher_sha256, source, notes = load_teacher(cfg, classes, channels, data.classes, by_class=by_class)
     if copied:
         copy_from_teacher(student, teacher)
     block = cfg.DISTILLER.TYPE.upper()
@@ -432,12 +476,15 @@ def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Dist
     ).to(accelerator.device)
     if cfg.SOLVER.CHANNELS_LAST:
         distiller.to(memory_format=torch.channels_last)
+    notes = (*source_of_student, *notes)
     pairs = layer_pairs(student, teacher, cfg.DSKD) if cfg.DSKD.ENABLED else []
+    if cfg.SOLVER.SYNC_BN and accelerator.num_processes > 1:
+        synchronise(distiller)
     if cfg.SOLVER.COMPILE:
         for network in filter(None, (student, teacher)):
             network.features = torch.compile(network.features)
     if accelerator.is_main_process:
-        _announce(cfg, data, distiller, pairs, source)
+        _announce(cfg, data, distiller, pairs, source, notes)
     return distiller, pairs, teacher_sha256
 
 
@@ -445,10 +492,13 @@ def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Dist
 def _check_images(cfg: CfgNode, student: nn.Module, shape: tuple[int, ...]) -> None:
     try:
         student.eval()(torch.zeros(1, *shape))
-    except RuntimeError:
+    except (RuntimeError, AssertionError) as error:  # timm's transformers assert their size
+        if memory_is_short(error):
+            raise
         size = "x".join(map(str, shape[1:]))
         raise UserError(
             f"{cfg.DISTILLER.STUDENT} cannot take images of {size} pixels; set a larger DATASET.IMAGE_SIZE"
+            + ("" if isinstance(error, RuntimeError) else f" ({error})")
         ) from None
     student.train()
 
@@ -457,7 +507,9 @@ def _tested_on(cfg: CfgNode) -> str:
     return "held-out training images" if cfg.DATASET.HELD_OUT else "test images"
 
 
-def _announce(cfg: CfgNode, data: DataSets, distiller: Distiller, pairs: Pairs, source: str | None) -> None:
+def _announce(
+    cfg: CfgNode, data: DataSets, distiller: Distiller, pairs: Pairs, source: str | None, notes: tuple[str, ...]
+) -> None:
     teacher = f" from {source}" if source else ""
     teacher += ", started as a copy of its blocks" if cfg.DISTILLER.START == "teacher" else ""
     print(
@@ -465,6 +517,8 @@ def _announce(cfg: CfgNode, data: DataSets, distiller: Distiller, pairs: Pairs, 
         f"{data.train.num_classes} classes\n{cfg.DISTILLER.STUDENT}{teacher} by {cfg.DISTILLER.TYPE}",
         flush=True,
     )
+    for note in (*data.notes, *notes, *distiller.notes):
+        print(f"note: {note}", flush=True)
     if cfg.DSKD.ENABLED:
         names = layer_map(distiller.student, distiller.teacher, cfg.DSKD)
         kept = {name for name, _, _ in pairs}
@@ -472,5 +526,7 @@ def _announce(cfg: CfgNode, data: DataSets, distiller: Distiller, pairs: Pairs, 
             f"  {ours} <- {theirs}" + ("" if ours in kept else " (left out: shapes differ)") for ours, theirs in names
         )
         print(f"DSKD, lambda {cfg.DSKD.LAMBDA:g}, {cfg.DSKD.BASIS} directions:\n{rows}", flush=True)
-    if late := [stage for stage in cfg.SOLVER.LR_DECAY_STAGES if stage >= cfg.SOLVER.EPOCHS]:
+    if cfg.SOLVER.SCHEDULE == "steps" and (
+        late := [stage for stage in cfg.SOLVER.LR_DECAY_STAGES if stage >= cfg.SOLVER.EPOCHS]
+    ):
         print(f"note: LR_DECAY_STAGES {late} lie behind the last epoch, {cfg.SOLVER.EPOCHS}", flush=True)

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -71,11 +73,17 @@ def read_cifar(
         with _alone_in(root):
             train = torchvision_class(root, train=True, download=not pickles.is_dir())
         test = torchvision_class(root, train=False)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, EOFError, tarfile.TarError, zlib.error) as error:
         if pickles.is_dir():
             raise UserError(
                 f"{pickles}: a file is absent or its checksum is not the official one; remove the folder to have it "
                 f"downloaded again ({error})"
+            ) from error
+        archive = root / torchvision_class.filename
+        if archive.is_file() and not datasets.utils.check_integrity(str(archive), torchvision_class.tgz_md5):
+            raise UserError(
+                f"{archive}: broken, as its checksum is not the official one ({archive.stat().st_size} bytes are "
+                f"there); remove it to have it downloaded, or put the whole file in its place ({error})"
             ) from error
         raise UserError(
             f"{variant.name}: not found and not downloadable ({error}); fill {root} with {pickles.name}/ (the official "
@@ -188,7 +196,9 @@ def _read_shard(variant: CifarVariant, file: Path) -> tuple[list[bytes | None], 
         image_column = _pick(file, schema.names, IMAGE_COLUMNS, "image")
         label_column = _pick(file, schema.names, variant.label_columns, "label")
         table = pq.read_table(file, columns=[image_column, label_column])
-    except (pa.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of damaged bytes Arrow raises whatever they lead to
         raise UserError(f"{file}: not a readable parquet file ({error})") from error
     images, kind = table[image_column], schema.field(image_column).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
@@ -208,8 +218,13 @@ def _pick(file: Path, columns: list[str], wanted: tuple[str, ...], what: str) ->
 
 
 def _class_names(variant: CifarVariant, file: Path, schema: "pa.Schema", label_column: str) -> list[str] | None:
-    recorded = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = recorded.get("info", {}).get("features", {}).get(label_column, {}).get("names")
-    if names is not None and len(names) != variant.num_classes:
+    """As the `datasets` library records them; a record of another form is passed over, as names are not needed."""
+    names = None
+    with suppress(ValueError, AttributeError, RecursionError):
+        recorded = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = recorded.get("info", {}).get("features", {}).get(label_column, {}).get("names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    if len(names) != variant.num_classes:
         raise UserError(f"{file}: {label_column} has {len(names)} classes; {variant.name} has {variant.num_classes}")
     return names

@@ -1,8 +1,28 @@
-"""Encoded images (files or bytes) to one uint8 tensor."""
+"""Encoded images (files or bytes) to one uint8 tensor of RGB images; one rule for every kind of pixel.
+
+| image                              | what becomes of it                                                          |
+| ---------------------------------- | --------------------------------------------------------------------------- |
+| EXIF orientation                   | turned and mirrored as it says; without effect where it cannot be read      |
+| transparency (RGBA, LA, palette or | composited on white: what a viewer shows of a glyph on nothing              |
+|   one colour named transparent)    |                                                                             |
+| 16-bit grey (I;16, also as I)      | 0...65535 scaled to 0...255, rounded; in mode I other values are refused    |
+| floating point (F)                 | refused: its range is not known                                             |
+| 16-bit colour                      | the upper 8 bits of each channel, as Pillow reads it                        |
+| grey (L)                           | the value in all three channels                                             |
+| 1-bit (1)                          | 0 and 255                                                                   |
+| palette (P)                        | its colours                                                                 |
+| CMYK, YCbCr, HSV                   | Pillow's conversion to RGB, without a colour profile                        |
+| any other mode                     | refused if Pillow has no conversion to RGB (LAB)                            |
+| animated or of several pages       | the first frame                                                             |
+
+torchvision's ImageFolder reads by `Image.convert("RGB")` alone: it does not turn, drops transparency, and cuts 16-bit
+grey off at 255.
+"""
 
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,34 +31,37 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.run.errors import UserError
+from cv.data.memory import check_memory
 
 CHUNK = 64
 # Pillow decodes outside the interpreter lock, but opens and converts under it: measured on two cores, threads double
 # the rate of 500x375 JPEGs and cost a third of the rate of 32x32 PNGs.
 THREADED_PIXELS = 128 * 128
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for broken bytes
 
 
 def decode_images(sources: Sequence[Path | bytes], describe: Callable[[int], str], size: int | None = None) -> Tensor:
-    """Decode to uint8 (N, 3, H, W); grey images are replicated to three channels, transparency is dropped.
+    """Decode to uint8 (N, 3, H, W) by the rules above.
 
     size: every image is cut to its central square and resized (bilinear, antialiased) to size x size; None: all must
     have one size already. describe(i) names source i in the `UserError` for an unreadable or differing image.
     """
+    if size is not None:
+        check_memory(len(sources), size, size)
 
     def read(index: int) -> tuple[np.ndarray, int]:
         source = sources[index]
         try:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 pixels = image.width * image.height
-                image = image.convert("RGB")
-        except UNREADABLE as error:
+                image = to_rgb(image)
+        except Exception as error:  # of broken bytes Pillow raises whatever they lead to
             raise UserError(f"{describe(index)}: not a readable image ({error})") from error
         if size is not None:
             image = ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR)
         return np.asarray(image).transpose(2, 0, 1), pixels
 
     first, pixels = read(0)
+    check_memory(len(sources), *first.shape[1:])
     images = np.empty((len(sources), *first.shape), dtype=np.uint8)
 
     def decode_chunk(start: int) -> None:
@@ -60,3 +83,35 @@ def decode_images(sources: Sequence[Path | bytes], describe: Callable[[int], str
             for _ in pool.map(decode_chunk, starts):
                 pass
     return torch.from_numpy(images)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image in mode RGB, by the rules above.
+
+    Raises:
+        ValueError: pixels without a rule, or bytes that cannot be decoded (then whatever Pillow raises).
+    """
+    image.load()  # before the orientation is asked for, whose errors are passed over
+    with suppress(Exception):  # damaged EXIF: there is no orientation
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is not known; save it with 8 or 16 bits a channel")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        if image.mode == "La":
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey, or as grey with transparency where one value stands for it."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"whole-number pixels from {values.min()} to {values.max()}; expected 0 to 65535")
+    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if (nothing := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(np.where(values == nothing, 0, 255).astype(np.uint8)))
+    return grey

@@ -43,6 +43,7 @@ class DataSets:
 
     `classes` are the names of the labels where the source has them. `augment` is the customary augmentation of this
     data set: zero padding of an eighth of the side (4 pixels for CIFAR) and a flip, without the flip for digits.
+    `notes` are lines for the user: what of the source was not read.
     """
 
     train: ImageSet
@@ -51,6 +52,7 @@ class DataSets:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: Augment
+    notes: tuple[str, ...] = ()
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -13,13 +13,14 @@ from cv.data.cifar import CIFAR10, CIFAR100, read_cifar
 from cv.data.digits import read_digits
 from cv.data.folders import read_folder, read_tiny_imagenet
 from cv.data.image_set import DataSets, ImageSet, channel_statistics, choose_images
+from cv.data.memory import check_memory
 
-Splits = tuple[ImageSet, ImageSet, list[str] | None]
+Splits = tuple[ImageSet, ImageSet, list[str] | None, list[str]]  # training, test, class names, notes
 CIFARS = {"cifar100": CIFAR100, "cifar10": CIFAR10}
 READERS: dict[str, Callable[[Path, int | None], Splits]] = {
     "tiny-imagenet": read_tiny_imagenet,
     "folder": read_folder,
-    "digits": lambda root, image_size: read_digits(),
+    "digits": lambda root, image_size: (*read_digits(), []),
 }
 PADDING_SHARE = 8  # zero padding is the side over this: 4 for CIFAR's 32 pixels
 
@@ -49,10 +50,11 @@ def load_dataset(
     choose = None
     if held_out or subset is not None:
         choose = partial(choose_images, subset=subset, subset_seed=subset_seed, held_out=held_out)
+    notes: list[str] = []
     if name in CIFARS:  # their statistics are known, so that what is left out need not be decoded
         train, test, classes = read_cifar(CIFARS[name], Path(root), choose)
     else:
-        train, test, classes = READERS[name](Path(root), image_size)
+        train, test, classes, notes = READERS[name](Path(root), image_size)
     if image_size is not None:
         train, test = _resize(train, image_size), _resize(test, image_size)
     height, width = train.images.shape[2:]
@@ -70,11 +72,12 @@ def load_dataset(
         every = torch.arange(len(train))
         train, test = train.take(every[:-held_out]), train.take(every[-held_out:])
     augment = Augment(padding=min(height, width) // PADDING_SHARE, flip=name != "digits")
-    return DataSets(train, test, classes, mean, std, augment)
+    return DataSets(train, test, classes, mean, std, augment, tuple(notes))
 
 
 def _resize(image_set: ImageSet, size: int) -> ImageSet:
     if image_set.images.shape[2:] == (size, size):
         return image_set
+    check_memory(len(image_set), size, size)
     images = F.interpolate(image_set.images, size=(size, size), mode="bilinear", antialias=True)
     return ImageSet(images.contiguous(), image_set.labels, image_set.num_classes)

@@ -16,13 +16,14 @@ class EpochLoader:
     """Shuffled, augmented, normalised batches; every epoch is a function of (seed, epoch) alone.
 
     The order and the augmentation of an epoch are drawn once, on the CPU, and copied to the device: the same images
-    come on every kind of device, and an image is augmented alike for any number of ranks and any batch size. Rank r
-    takes the positions r, r + world_size, ... of the common order; where they do not share out evenly, the first images
-    of the order are given out a second time (as DistributedSampler does), so that all ranks have equally many steps.
+    come on every kind of device, and an image is augmented alike for any number of processes and any batch size.
+    Process p takes the positions p, p + processes, ... of the common order; where they do not share out evenly, the
+    first images of the order are given out a second time (as DistributedSampler does), so that all processes have
+    equally many steps.
 
-    batch_size: images of one rank and step; augment: None leaves the images as they are; mean, std: per channel, of
+    batch_size: images of one process and step; augment: None leaves the images as they are; mean, std: per channel, of
     pixel values in 0..1; seed: at least 0; drop_last: leave out a last batch that is not full; channels_last: memory
-    layout of the images that come out. A batch size below one, or above the rank's share with drop_last, is a
+    layout of the images that come out. A batch size below one, or above the process's share with drop_last, is a
     `UserError`.
     """
 
@@ -39,11 +40,11 @@ class EpochLoader:
         shuffle: bool,
         drop_last: bool = False,
         channels_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
+        process: int = 0,
+        processes: int = 1,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not one of {world_size} ranks")
+        if not 0 <= process < processes:
+            raise ValueError(f"process {process} is not one of {processes} processes")
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: must be at least 1")
         if len(image_set) == 0:
@@ -58,27 +59,27 @@ class EpochLoader:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.channels_last = channels_last
-        self.rank = rank
-        self.world_size = world_size
+        self.process = process
+        self.processes = processes
         if len(self) == 0:
             raise UserError(
-                f"batch size {batch_size}: no full batch in the {self.images_per_epoch} training images of a rank"
+                f"batch size {batch_size}: no full batch in the {self.images_per_epoch} training images of a process"
             )
 
     @property
     def images_per_epoch(self) -> int:
-        """Images that one rank sees in an epoch, before `drop_last`."""
-        return math.ceil(len(self.image_set) / self.world_size)
+        """Images that one process sees in an epoch, before `drop_last`."""
+        return math.ceil(len(self.image_set) / self.processes)
 
     def __len__(self) -> int:
-        """Steps of an epoch, the same on every rank."""
+        """Steps of an epoch, the same on every process."""
         full, rest = divmod(self.images_per_epoch, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (images (B, C, H, W) in float32, labels (B,), indices (B,) into the image set)."""
+    def epoch(self, epoch: int, done: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (images (B, C, H, W) in float32, labels (B,), indices (B,) into the image set), after `done` steps."""
         order, draws = self._plan(epoch)
-        for step in range(len(self)):
+        for step in range(done, len(self)):
             batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
             indices = order[batch]
             images = self.image_set.images.index_select(0, indices)
@@ -93,6 +94,6 @@ class EpochLoader:
         generator = torch.Generator().manual_seed(int(state[0]))
         count = len(self.image_set)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        mine = order[torch.arange(self.rank, self.images_per_epoch * self.world_size, self.world_size) % count]
+        mine = order[torch.arange(self.process, self.images_per_epoch * self.processes, self.processes) % count]
         draws = None if self.augment is None else self.augment.draw(count, generator)[mine].to(self.device)
         return mine.to(self.device), draws

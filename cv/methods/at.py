@@ -30,6 +30,7 @@ def at_loss(student: Tensor, teacher: Tensor, power: float) -> Tensor:
 class AT(Distiller):
     """CE_WEIGHT * cross-entropy + FEAT_WEIGHT * sum over the stages of `at_loss`."""
 
+    compares_maps = True
     compares_classes = False
 
     def __init__(self, student, teacher, settings, **dataset) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from common.run.errors import UserError
+from cv.models.library import LibraryNetwork
 
 if TYPE_CHECKING:
     from cv.models.features import Features
@@ -37,6 +38,8 @@ class Distiller(nn.Module, ABC):
 
     needs_teacher = True
     compares_classes = True  # the loss compares the two networks class by class
+    compares_maps = False  # the loss compares feature maps
+    notes: tuple[str, ...] = ()  # lines for the user, of what this method does on this data set
 
     def __init__(
         self,
@@ -59,6 +62,9 @@ class Distiller(nn.Module, ABC):
         self._check_classes("student", student)
         if self.needs_teacher and self.compares_classes:
             self._check_classes("teacher", teacher)
+        if self.compares_maps:
+            for role, network in (("student", student), ("teacher", teacher)):
+                self._check_maps(role, network)
 
     @staticmethod
     @abstractmethod
@@ -129,6 +135,13 @@ class Distiller(nn.Module, ABC):
                 f"has no counterpart in the {fewer}: student stages (C, H, W) {ours}, teacher stages {theirs}"
             )
         return student, teacher
+
+    def _check_maps(self, role: str, network: nn.Module) -> None:
+        if isinstance(network, LibraryNetwork) and len(feature_shapes(network, self.image_shape).maps) < 2:
+            raise UserError(
+                f"method {self.name} compares feature maps, and the {role} has none of height and width; take kd, dkd, "
+                "crd or vanilla with DSKD"
+            )
 
     def _check_classes(self, role: str, model: nn.Module) -> None:
         width = model.classifier.out_features

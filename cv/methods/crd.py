@@ -32,8 +32,8 @@ def nce_loss(log_scores: Tensor, num_train: int) -> Tensor:
     return -(F.logsigmoid(margins[:, 0]) + F.logsigmoid(-margins[:, 1:]).sum(1)).mean()
 
 
-def gather_ranks(tensor: Tensor) -> Tensor:
-    """The ranks' tensors of equal shape, concatenated; without torch.distributed the tensor itself."""
+def gather_processes(tensor: Tensor) -> Tensor:
+    """The processes' tensors of equal shape, concatenated; without torch.distributed the tensor itself."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
@@ -59,7 +59,7 @@ class Bank(nn.Module):
         # Scoring the whole bank and picking is far less memory traffic than copying N * J embeddings out of it. The
         # bank is copied because `update` writes to it before the backward pass reads it.
         scores = (anchors @ self.memory.clone().T).gather(1, indices) / temperature
-        log_mean = gather_ranks(scores.detach().flatten().logsumexp(0, keepdim=True) - math.log(scores.numel()))
+        log_mean = gather_processes(scores.detach().flatten().logsumexp(0, keepdim=True) - math.log(scores.numel()))
         estimate = log_mean.logsumexp(0) + math.log(len(self.memory) / len(log_mean))
         log_normaliser = torch.where(self.log_normaliser.isinf(), estimate, self.log_normaliser)
         self.log_normaliser.copy_(log_normaliser)
@@ -67,8 +67,8 @@ class Bank(nn.Module):
 
     @torch.no_grad()
     def update(self, indices: Tensor, embeddings: Tensor, momentum: float) -> None:
-        """memory[index] = normalise(momentum * memory[index] + (1 - momentum) * embedding), all ranks' samples."""
-        indices, embeddings = gather_ranks(indices), gather_ranks(embeddings.detach())
+        """memory[index] = normalise(momentum * memory[index] + (1 - momentum) * embedding), in all processes."""
+        indices, embeddings = gather_processes(indices), gather_processes(embeddings.detach())
         blended = momentum * self.memory[indices] + (1 - momentum) * embeddings
         self.memory[indices] = F.normalize(blended, dim=1)
 

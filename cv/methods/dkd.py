@@ -38,6 +38,8 @@ class DKD(Distiller):
     def __init__(self, student, teacher, settings, **dataset) -> None:
         super().__init__(student, teacher, settings, **dataset)
         self.require_positive("T")
+        if self.num_classes == 2:
+            self.notes = ("DKD on two classes: beside the target there is one class, so that the part NCKD is 0",)
 
     @staticmethod
     def defaults() -> CfgNode:

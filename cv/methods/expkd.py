@@ -6,7 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from yacs.config import CfgNode
 
-from cv.methods.base import Distiller
+from common.run.errors import UserError
+from cv.methods.base import Distiller, feature_shapes
+from cv.models.library import LibraryNetwork
 
 
 def class_activation_maps(feature_map: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
@@ -37,9 +39,16 @@ class ExpKD(Distiller):
     the two gradients to be of one order.
     """
 
+    compares_maps = True
+
     def __init__(self, student, teacher, settings, **dataset) -> None:
         super().__init__(student, teacher, settings, **dataset)
         self.require_positive("TOP_K", "SIZE")
+        for role, network in (("student", student), ("teacher", teacher)):
+            if isinstance(network, LibraryNetwork):
+                channels = feature_shapes(network, self.image_shape).maps[-1][0]
+                if channels != network.classifier.in_features:
+                    raise UserError(f"method expkd: the {role}'s classifier does not take the mean of its last map")
         self.top_k = min(settings.TOP_K, self.num_classes)
 
     @staticmethod

@@ -34,6 +34,7 @@ class FitNet(Distiller):
     first and on the labels later; here, as is usual since, both losses are trained together.
     """
 
+    compares_maps = True
     compares_classes = False
 
     def __init__(self, student, teacher, settings, **dataset) -> None:

@@ -59,6 +59,7 @@ class ReviewKD(Distiller):
     student's maps after, the teacher's before their last relu.
     """
 
+    compares_maps = True
     compares_classes = False
 
     def __init__(self, student, teacher, settings, **dataset) -> None:

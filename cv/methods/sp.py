@@ -21,6 +21,7 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
 class SP(Distiller):
     """CE_WEIGHT * cross-entropy + FEAT_WEIGHT * `sp_loss` of the last maps."""
 
+    compares_maps = True
     compares_classes = False
 
     @staticmethod

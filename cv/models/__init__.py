@@ -6,6 +6,7 @@ from functools import partial
 
 from common.run.errors import UserError
 from cv.models.features import Features, Network
+from cv.models.library import LibraryNetwork, build_library_network, is_library
 from cv.models.mobilenetv2 import MobileNetV2
 from cv.models.resnet import RESNETS, ResNet
 from cv.models.shufflenet import shufflenetv1, shufflenetv2
@@ -24,18 +25,22 @@ MODELS: dict[str, Callable[..., Network]] = {
 
 
 def build_model(name: str, num_classes: int, in_channels: int = 3) -> Network:
-    """A freshly initialised network by its name in `MODELS`.
+    """A freshly initialised network by its name in `MODELS`, or by torchvision/<name> or timm/<name>.
 
     Raises UserError for an unknown name (the message lists all and names the nearest) and for counts below 1.
     """
-    if name not in MODELS:
+    if name not in MODELS and not is_library(name):
         nearest = get_close_matches(str(name).lower(), MODELS, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise UserError(f"unknown network {name!r}: valid names are {', '.join(MODELS)}{hint}")
+        raise UserError(
+            f"unknown network {name!r}: valid names are {', '.join(MODELS)}, torchvision/<name> and timm/<name>{hint}"
+        )
     for key, count in (("num_classes", num_classes), ("in_channels", in_channels)):
         if not isinstance(count, int) or count < 1:
             raise UserError(f"{name}: {key} must be a whole number of at least 1, not {count!r}")
+    if is_library(name):
+        return build_library_network(name, num_classes, in_channels)
     return MODELS[name](num_classes=num_classes, in_channels=in_channels)
 
 
-__all__ = ["MODELS", "Features", "Network", "build_model"]
+__all__ = ["MODELS", "Features", "LibraryNetwork", "Network", "build_model", "is_library"]

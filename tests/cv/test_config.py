@@ -172,6 +172,8 @@ OUT_OF_RANGE = {
     "SOLVER.EPOCHS": "0",
     "SOLVER.EVAL_EPOCHS": "0",
     "SOLVER.LR": "0",
+    "SOLVER.OPTIMIZER": "adam",
+    "SOLVER.SCHEDULE": "linear",
     "SOLVER.LR_DECAY_STAGES": "[0]",
     "SOLVER.LR_DECAY_RATE": "-0.1",
     "SOLVER.MOMENTUM": "1",
@@ -243,7 +245,7 @@ def test_a_value_out_of_range_in_a_base_names_that_file_and_the_value(yaml):
 def test_a_block_that_occurs_twice_is_refused(yaml):
     path = yaml("DSKD: {ENABLED: true}\nSOLVER: {EPOCHS: 2}\nDSKD: {RANK: 4}")
     message = refusal(path)
-    assert message.startswith(f"{path} cannot be read as YAML: the key 'DSKD' occurs twice")
+    assert message.startswith(f"{path} is not valid YAML: the key 'DSKD' occurs twice")
     assert "line 3" in message
 
 
@@ -279,13 +281,45 @@ def test_what_is_no_yaml_is_one_line_with_the_file(yaml, capsys, text):
         run_cli(lambda: load_config(path))
     message = capsys.readouterr().err
     assert caught.value.code == 2
-    assert message.startswith(f"error: {path} cannot be read as YAML: ")
+    assert message.startswith(f"error: {path} is not valid YAML: ")
     assert message.count("\n") == 1
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00a")
-    assert "run.yaml cannot be read as YAML" in refusal(str(tmp_path / "run.yaml"))
+    assert "run.yaml is not UTF-8" in refusal(str(tmp_path / "run.yaml"))
+
+
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "- " * 5000, "{a: " * 5000, BOMB.replace("a9", "SOLVER"), "a: &a [*a]"])
+def test_yaml_without_bounds_is_one_short_line(yaml, text):
+    message = refusal(yaml(text))
+    assert len(message) < 600
+
+
+def test_the_value_of_an_alias_bomb_is_cut_off_in_the_message(yaml):
+    lines = BOMB.splitlines()
+    pairs = "".join(f"{line}\n" for line in lines) + "DSKD: {PAIRS: *a9}\n"
+    assert len(refusal(yaml(pairs))) < 2000
+    assert len(refusal(BASE, "DSKD.PAIRS", "[" + "[[" * 20 + "]]" * 20 + "]")) < 2000
+
+
+@pytest.mark.parametrize("key", ["SOLVER.EPOCHS", "SOLVER.BATCH_SIZE", "DATASET.IMAGE_SIZE", "CRD.NCE_K", "DSKD.RANK"])
+@pytest.mark.parametrize("value", [str(10**30), "0x" + "f" * 5000, f"-{10**30}"])
+def test_a_whole_number_beyond_every_size_is_refused(yaml, key, value):
+    block, leaf = key.split(".")
+    path = yaml(f"{block}: {{{leaf}: {value}}}")
+    for where, message in ((path, refusal(path)), ("command line", refusal(BASE, key, value))):
+        assert message.startswith(f"{where}: {key} = ")
+        assert message.endswith("expected 1000000000000000 at most")
+        assert len(message) < 300
+
+
+def test_whole_numbers_beyond_every_size_are_refused_in_lists_and_for_floats():
+    assert refusal(BASE, "SOLVER.LR_DECAY_STAGES", f"[{10**30}]").endswith("expected 1000000000000000 at most")
+    assert "SOLVER.LR must be of type float" in refusal(BASE, "SOLVER.LR", "1" + "0" * 400)
 
 
 @pytest.mark.parametrize("text", ["- 1\n- 2", "just words"])

@@ -201,32 +201,32 @@ def test_the_memory_format_reaches_the_batches():
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_ranks_share_out_all_images_without_overlap():
-    ranks = [indices_of(loader(image_set(24), rank=rank, world_size=3).epoch(1)) for rank in range(3)]
-    assert [len(rank) for rank in ranks] == [8, 8, 8]
-    assert sorted(index for rank in ranks for index in rank) == list(range(24))
+def test_processes_share_out_all_images_without_overlap():
+    shares = [indices_of(loader(image_set(24), process=process, processes=3).epoch(1)) for process in range(3)]
+    assert [len(share) for share in shares] == [8, 8, 8]
+    assert sorted(index for share in shares for index in share) == list(range(24))
 
 
-@pytest.mark.parametrize(("count", "world_size"), [(23, 3), (23, 4), (2, 5)])
-def test_uneven_shares_are_filled_like_distributed_sampler(count, world_size):
+@pytest.mark.parametrize(("count", "processes"), [(23, 3), (23, 4), (2, 5)])
+def test_uneven_shares_are_filled_like_distributed_sampler(count, processes):
     data = image_set(count)
-    options = {"shuffle": False, "world_size": world_size}
-    for rank in range(world_size):
-        sampler = torch.utils.data.DistributedSampler(range(count), world_size, rank, shuffle=False)
-        assert indices_of(loader(data, rank=rank, **options).epoch(0)) == list(sampler)
+    options = {"shuffle": False, "processes": processes}
+    for process in range(processes):
+        sampler = torch.utils.data.DistributedSampler(range(count), processes, process, shuffle=False)
+        assert indices_of(loader(data, process=process, **options).epoch(0)) == list(sampler)
 
 
-def test_the_augmentation_of_an_image_does_not_depend_on_ranks_or_batch_size():
+def test_the_augmentation_of_an_image_does_not_depend_on_processes_or_batch_size():
     data = image_set(24)
     alone = {int(i): x for images, _, indices in loader(data).epoch(3) for i, x in zip(indices, images, strict=True)}
-    for rank in range(2):
-        for images, _, indices in loader(data, 5, rank=rank, world_size=2).epoch(3):
+    for process in range(2):
+        for images, _, indices in loader(data, 5, process=process, processes=2).epoch(3):
             assert all(torch.equal(x, alone[int(i)]) for i, x in zip(indices, images, strict=True))
 
 
-def test_a_rank_outside_the_world_is_refused():
-    with pytest.raises(ValueError, match="rank 2"):
-        loader(image_set(), rank=2, world_size=2)
+def test_a_process_outside_of_their_number_is_refused():
+    with pytest.raises(ValueError, match="process 2"):
+        loader(image_set(), process=2, processes=2)
 
 
 def test_a_batch_larger_than_the_set_is_an_error_with_drop_last():

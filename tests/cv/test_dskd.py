@@ -234,8 +234,8 @@ def test_the_concentration_of_the_directions_is_logged(joined):
 def test_dskd_falls_and_leaves_the_teacher_alone(tmp_path, teacher, monkeypatch):
     teachers = []
 
-    def load(*args):
-        teachers.append(load_teacher(*args))
+    def load(*args, **how):
+        teachers.append(load_teacher(*args, **how))
         return teachers[0]
 
     monkeypatch.setattr(cv.trainer, "load_teacher", load)

@@ -122,7 +122,7 @@ def test_missing_folder_is_named(tmp_path):
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00"])
 def test_malformed_json_is_named(saved, content):
     (saved / "model.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"model.json: not a JSON file"):
+    with pytest.raises(UserError, match=r"model.json is not (valid JSON|UTF-8)"):
         load_model(saved)
 
 
@@ -130,6 +130,42 @@ def test_malformed_json_is_named(saved, content):
 def test_missing_key_of_the_json_is_named(saved, key):
     edit_json(saved, **{key: None})
     with pytest.raises(UserError, match=f"model.json: key '{key}' is missing"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("accuracy", "high", "accuracy is 'high'; expected a number, in percent"),
+        ("accuracy", True, "accuracy is True; expected a number"),
+        ("num_classes", 5.0, "num_classes is 5.0; expected a whole number"),
+        ("num_classes", 10**9, "num_classes is 1000000000; expected 1 to 1000000"),
+        ("in_channels", 0, "in_channels is 0; expected 1 to"),
+        ("architecture", ["resnet8"], "architecture is ['resnet8']; expected a network's name"),
+        ("class_names", 5, "class_names is 5; expected a list of names"),
+        ("dataset", {}, "dataset is {}; expected a data set's name"),
+        ("held_out", "x" * 500, "held_out is [...]; expected a number of images"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_size_is_named(saved, key, value, told):
+    edit_json(saved, **{key: value})
+    with pytest.raises(UserError) as caught:
+        load_model(saved)
+    assert str(caught.value).startswith(f"{saved / 'model.json'}: {told}")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"num_classes": 1' + "0" * 30 + "}", "[1]", '{"accuracy": NaN}'])
+def test_json_without_bounds_is_one_line(saved, text):
+    (saved / "model.json").write_text(text)
+    with pytest.raises(UserError, match=r"model\.json "):
+        load_model(saved)
+
+
+def test_weights_that_are_not_finite_are_named(saved):
+    state = load_file(saved / "model.safetensors")
+    state["stages.1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    save_file(state, saved / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors: stages\.1\.0\.conv1\.weight is not finite; the file is "):
         load_model(saved)
 
 
@@ -142,7 +178,7 @@ def test_unknown_architecture_names_the_file_and_the_nearest(saved):
 def test_truncated_weights_are_named(saved):
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"model.safetensors: not a safetensors file"):
+    with pytest.raises(UserError, match=r"model.safetensors is not a safetensors file, or is cut off"):
         load_model(saved)
 
 

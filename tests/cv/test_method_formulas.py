@@ -186,21 +186,21 @@ def test_crd_bank_blends_and_normalises_the_batch_s_rows_only():
     torch.testing.assert_close(bank.memory, torch.stack((torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), row)))
 
 
-def update_on_rank(rank, folder):
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def update_in_process(process, folder):
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=process, world_size=2)
     bank = Bank(4, 2)
     bank.memory.zero_()
-    anchor = torch.tensor([[float(rank), 0.0]])
-    bank.update(torch.tensor([rank]), anchor + 1, 0.0)
+    anchor = torch.tensor([[float(process), 0.0]])
+    bank.update(torch.tensor([process]), anchor + 1, 0.0)
     bank.log_scores(anchor, torch.tensor([[0, 1]]), 1.0)
-    torch.save(bank.state_dict(), f"{folder}/{rank}.pt")
+    torch.save(bank.state_dict(), f"{folder}/{process}.pt")
     distributed.destroy_process_group()
 
 
-def test_crd_bank_is_the_same_on_every_rank():
+def test_crd_bank_is_the_same_in_every_process():
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(update_on_rank, (folder,), nprocs=2)
-        states = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
+        multiprocessing.spawn(update_in_process, (folder,), nprocs=2)
+        states = [torch.load(Path(folder) / f"{process}.pt", weights_only=True) for process in range(2)]
     r = math.sqrt(0.5)
     expected = torch.tensor([[r, r], [2 / math.sqrt(5), 1 / math.sqrt(5)], [0.0, 0.0], [0.0, 0.0]])
     # anchors (0, 0) and (1, 0) on rows 0 and 1: scores 1, 1 and exp(r), exp(2 / sqrt 5)

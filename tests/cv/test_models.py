@@ -274,7 +274,7 @@ def test_residual_convolutions_start_with_the_he_variance():
 
 
 def test_unknown_name_lists_the_names_and_the_nearest():
-    message = r"unknown network 'ResNet-20'.*resnet8, .*shufflenetv2; did you mean 'resnet20'"
+    message = r"unknown network 'ResNet-20'.*resnet8, .*shufflenetv2, .*; did you mean 'resnet20'"
     with pytest.raises(UserError, match=message):
         build_model("ResNet-20", 100)
 

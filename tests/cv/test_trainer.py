@@ -67,6 +67,11 @@ def files_of(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
+def unsealed(state: dict) -> dict:
+    """A checkpoint that was changed, as from before there were seals."""
+    return {key: value for key, value in state.items() if key != "sha256"}
+
+
 def refusal(cfg, **how) -> str:
     with pytest.raises(UserError) as caught:
         train(cfg, **how)
@@ -282,7 +287,7 @@ def test_resuming_goes_on_and_does_not_start_over(tmp_path, teacher, monkeypatch
     trained = []
     epoch_of = cv.trainer._Run._train_epoch
     monkeypatch.setattr(
-        cv.trainer._Run, "_train_epoch", lambda self, epoch, bar: trained.append(epoch) or epoch_of(self, epoch, bar)
+        cv.trainer._Run, "_train_epoch", lambda self, epoch, *how: trained.append(epoch) or epoch_of(self, epoch, *how)
     )
     train(short_config(tmp_path, teacher, JOINED), resume=True)
     assert trained == [3, 4]
@@ -300,7 +305,7 @@ def test_the_time_of_a_resumed_run_counts_all_parts(tmp_path, teacher):
     checkpoint = tmp_path / "checkpoint.pt"
     state = torch.load(checkpoint, weights_only=True)
     state["progress"]["wall_seconds"] += 1000
-    torch.save(state, checkpoint)
+    torch.save(unsealed(state), checkpoint)
     assert 1000 < short_run(tmp_path, teacher, JOINED, resume=True).result["wall_seconds"] < 1600
 
 
@@ -332,7 +337,7 @@ def test_resuming_where_the_steps_would_be_others_is_refused(tmp_path, teacher, 
     state = torch.load(checkpoint, weights_only=True)
     now = state["circumstances"][name]
     state["circumstances"][name] = before
-    torch.save(state, checkpoint)
+    torch.save(unsealed(state), checkpoint)
     message = refusal(short_config(tmp_path, teacher, "SOLVER.EPOCHS 2"), resume=True)
     assert message == f"--resume: {checkpoint} was written with {before} {name}, now there are {now}"
 
@@ -340,8 +345,8 @@ def test_resuming_where_the_steps_would_be_others_is_refused(tmp_path, teacher, 
 def test_a_run_from_before_a_setting_was_there_resumes_with_its_default(tmp_path, teacher):
     checkpoint = short_run(tmp_path, teacher).folder / "checkpoint.pt"
     state = torch.load(checkpoint, weights_only=True)
-    del state["config"]["DATASET"]["HELD_OUT"], state["circumstances"]
-    torch.save(state, checkpoint)
+    del state["config"]["DATASET"]["HELD_OUT"], state["circumstances"], state["data_sha256"]
+    torch.save(unsealed(state), checkpoint)
     assert short_run(tmp_path, teacher, "SOLVER.EPOCHS 2", resume=True).result["steps"] == 8
 
 
@@ -571,7 +576,7 @@ def test_overwriting_replaces_the_run_and_nothing_else(tmp_path, teacher):
 
 
 def test_overwriting_does_not_cost_the_teacher(tmp_path, teacher):
-    shutil.copytree(teacher, tmp_path / "student")
+    short_run(tmp_path, None, "DISTILLER.TYPE vanilla DISTILLER.STUDENT resnet14")
     message = refusal(short_config(tmp_path, tmp_path / "student"), overwrite=True)
     assert message == f"--overwrite would remove the teacher, {tmp_path / 'student'}; give another OUTPUT_DIR"
     assert load_model(tmp_path / "student")[1]["architecture"] == "resnet14"
@@ -809,3 +814,20 @@ def test_memory_layout_is_as_asked_for(tmp_path, teacher, monkeypatch):
         layouts.clear()
         short_run(tmp_path / asked, teacher, f"SOLVER.CHANNELS_LAST {asked}")
         assert layouts == [[asked == "true"] * 2] * 4
+
+
+def test_dkd_on_two_classes_says_once_that_a_part_is_zero(tmp_path, capsys):
+    from cv.data.augment import Augment
+    from cv.data.image_set import DataSets
+
+    images = torch.randint(256, (32, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    two = ImageSet(images, torch.arange(32) % 2, 2)
+    data = DataSets(two, two, None, (0.5,) * 3, (0.25,) * 3, Augment(1, flip=False), ("2 files left out",))
+    folder = save_teacher(tmp_path / "teacher", num_classes=2)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(cv.trainer, "load_dataset", lambda *_, **__: data)
+        run = short_run(tmp_path / "run", folder, "DISTILLER.TYPE dkd SOLVER.EPOCHS 2")
+    assert set(column(run, "loss_nckd")) == {0.0}
+    printed = capsys.readouterr().out
+    assert printed.count("note: DKD on two classes: beside the target there is one class, so that") == 1
+    assert "note: 2 files left out\n" in printed
