@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from common.run.errors import UserError
 from common.run.numbers import Number
 
-_ALL = ("own", "update", "curvature")
-_CHOOSING = ("own", "update")  # bases that choose directions
+_CHOOSING = ("own", "update", "spectrum")  # bases that choose directions
+_ALL = (*_CHOOSING, "curvature")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ SETTINGS = (
     Setting(
         *("basis", "--basis", "BASIS", "own", "own", _ALL),
         "whose directions are taken: own, each network's singular ones (the paper's); update, those of the update; "
-        "curvature, the eigenvectors of mean products of gradients, which has no rank, driver, alpha, span, smoothing",
+        "spectrum, singular values alone, for pairs of unequal shape; curvature, the eigenvectors of mean products of "
+        "gradients, which has no rank, driver, alpha, span, smoothing",
     ),
     Setting(
         *("driver", "--svd_driver", "DRIVER", "randomized", "gram", ("gram", "svd", "randomized")),
@@ -162,6 +163,8 @@ def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
             yield Conflict(setting.name, ("basis", basis))
     if basis == "curvature" and score not in ("sensitivity", "random"):
         yield Conflict("score", ("basis", basis), ("sensitivity", "random"))
+    if basis == "spectrum" and control == "plain":  # whose difference W_s - W_t asks for equal shapes
+        yield Conflict("control", ("basis", basis), ("sensitive", "random", "shuffled", "shrink"))
     if control == "released":
         yield Conflict("smoothing", ("control", control))
         if basis != "own":

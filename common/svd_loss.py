@@ -9,6 +9,7 @@ from dskd import (
     Curvature,
     DirectionSensitivityLoss,
     Own,
+    Spectrum,
     Update,
     direction_sensitivity,
     low_rank_alignment,
@@ -36,7 +37,7 @@ __all__ = [
     "select_directions",
 ]
 
-_READINGS = {"own": Own, "update": Update, "curvature": Curvature}
+_READINGS = {"own": Own, "update": Update, "spectrum": Spectrum, "curvature": Curvature}
 _SCORES = {"sensitivity": sensitivity, "tempered": tempered, "magnitude": magnitude}
 
 

@@ -16,7 +16,13 @@ def layer_pairs(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> li
     """(student layer, its weight, the teacher's weight) by `DSKD.PAIRS` or, if that is empty, block by block."""
     names = layer_map(student, teacher, settings)
     with user_errors():
-        return pair_weights(student, teacher, names, skip_mismatched=settings.SKIP_MISMATCHED)
+        return pair_weights(
+            student,
+            teacher,
+            names,
+            skip_mismatched=settings.SKIP_MISMATCHED,
+            any_shape=settings.BASIS == "spectrum",
+        )
 
 
 def layer_map(student: nn.Module, teacher: nn.Module, settings: CfgNode) -> list[tuple[str, str]]:

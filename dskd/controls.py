@@ -28,6 +28,10 @@ class Control(Reading):
         return self.reading.span
 
     @property
+    def any_shape(self) -> bool:  # type: ignore[override]
+        return self.reading.any_shape
+
+    @property
     def gradual(self) -> bool:  # type: ignore[override]
         return self.reading.gradual
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from common.run.step_log import StepLog
 from dskd import DirectionSensitivityLoss
+from dskd.matrices import as_matrix
 
 _CURVATURE_STEPS = 20  # a mean over about 20 gradients changes no faster, and to see it takes a decomposition
 
@@ -18,10 +19,10 @@ class ChoiceLog:
     {"step": s, "weights": {pair: {"index": [...], "weight": [...], "sigma": [...]}}, "distance": {pair: d}}
 
     `index` counts the singular directions of the update from 0, the largest singular value first, and leaves out those
-    of weight 0; `sigma` are their singular values in units of the largest; d is ||W_s - W_t||_F / ||W_t||_F. Numbers
-    have 4 significant digits. A pair that kept its directions is written with those. With the basis "curvature"
-    index and weight are those of the eigenvectors of the smaller factor, sigma is 0, and of the renewals within 20
-    steps one is written.
+    of weight 0; `sigma` are their singular values in units of the largest; d is ||W_s - W_t||_F / ||W_t||_F, or, of
+    unequal shapes, the same of their leading singular values. Numbers have 4 significant digits. A pair that kept its
+    directions is written with those. With the basis "curvature" index and weight are those of the eigenvectors of the
+    smaller factor, sigma is 0, and of the renewals within 20 steps one is written.
 
     Args:
         folder: the run's output folder.
@@ -69,6 +70,10 @@ def _non_zero(weights: Tensor, spectrum: Tensor) -> dict[str, list]:
 
 
 def _distance(student: Tensor, teacher: Tensor) -> Tensor:
+    if student.shape != teacher.shape:
+        sigma, theirs = (torch.linalg.svdvals(as_matrix(weight.float())) for weight in (student, teacher))
+        r = min(len(sigma), len(theirs))
+        student, teacher = sigma[:r], theirs[:r]
     return torch.linalg.vector_norm(student.float() - teacher.float()) / torch.linalg.vector_norm(teacher.float())
 
 

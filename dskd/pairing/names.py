@@ -9,7 +9,12 @@ from .pairs import LayerPairs, LeftOut, Owner
 
 
 def pair_weights(
-    student: nn.Module, teacher: nn.Module, names: Sequence[tuple[str, str]], *, skip_mismatched: bool = False
+    student: nn.Module,
+    teacher: nn.Module,
+    names: Sequence[tuple[str, str]],
+    *,
+    skip_mismatched: bool = False,
+    any_shape: bool = False,
 ) -> LayerPairs:
     """The pairs that `DirectionSensitivityLoss` takes, from module names.
 
@@ -17,6 +22,7 @@ def pair_weights(
         student, teacher: the networks that the names refer to.
         names: (student module, teacher module), each with a `weight`, such as ("stages.0.1.conv1", "stages.0.4.conv1").
         skip_mismatched: leave out pairs whose shapes differ instead of refusing them.
+        any_shape: take pairs whose shapes differ, for the reading `Spectrum`.
 
     Returns:
         (student module name, student weight, teacher weight) of every pair; they know the modules, see `LayerPairs`.
@@ -28,7 +34,7 @@ def pair_weights(
     for student_name, teacher_name in names:
         student_weight = _weight(student, student_name, "student")
         teacher_weight = _weight(teacher, teacher_name, "teacher")
-        if student_weight.shape == teacher_weight.shape:
+        if any_shape or student_weight.shape == teacher_weight.shape:
             pairs.append((student_name, student_weight, teacher_weight))
             modules = (student.get_submodule(student_name), teacher.get_submodule(teacher_name))
             pairs.owners[student_name] = (Owner(modules[0], "weight"), Owner(modules[1], "weight"))

@@ -29,7 +29,7 @@ from common.settings import (
 )
 from common.svd_loss import build_loss, build_reading
 from cv.config import defaults, load_config
-from dskd import Curvature, DirectionSensitivityLoss, Own, Update
+from dskd import Curvature, DirectionSensitivityLoss, Own, Spectrum, Update
 from dskd.controls import ConstantProgress, Dealt, Plain, RandomDirection, ReleasedGradient, ShuffledFactors
 from dskd.sensitivity import magnitude, sensitivity, tempered
 
@@ -78,7 +78,7 @@ def test_differing_defaults_are_explained(name):
 
 
 def test_a_setting_of_a_part_is_an_argument_of_it():
-    readings = {"own": Own, "update": Update, "curvature": Curvature}
+    readings = {"own": Own, "update": Update, "spectrum": Spectrum, "curvature": Curvature}
     for setting in SETTINGS:
         if setting.part == "reading":
             for basis in setting.bases:
@@ -302,7 +302,7 @@ def test_words_and_numbers_are_checked_by_argparse():
     group = argparse.ArgumentParser(exit_on_error=False).add_argument_group("DSKD")
     common.settings.add_flags(group)
     kinds = {action.dest: (action.choices, action.type) for action in group._group_actions}
-    assert kinds["basis"][0] == ("own", "update", "curvature")
+    assert kinds["basis"][0] == ("own", "update", "spectrum", "curvature")
     assert kinds["rank_size"] == (None, Number(int, 0))
 
 
@@ -313,6 +313,7 @@ def test_words_and_numbers_are_checked_by_argparse():
         ({}, Own(0)),
         ({"rank": 5, "smoothing": 0.1, "driver": "svd", "span": "interval"}, Own(5, 0.1, "svd", span="interval")),
         ({"basis": "update", "rank": 5}, Update(5)),
+        ({"basis": "spectrum", "rank": 5}, Spectrum(5)),
         ({"basis": "curvature", "rank": 5, "driver": "svd"}, Curvature()),
         ({"basis": "curvature", "score": "random"}, ShuffledFactors(Curvature(), 7)),
         ({"score": "tempered"}, Own(0, score=tempered)),

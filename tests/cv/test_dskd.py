@@ -1,5 +1,7 @@
 """DSKD in the vision pipeline: the layer map, pairs by name, what every setting does, and the control arms."""
 
+import json
+
 import pytest
 import torch
 from cv_fixtures import (
@@ -12,10 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import cv.trainer
+from common import ROOT
 from common.run.errors import UserError
 from common.svd_loss import DirectionSensitivityLoss
 from cv.blocks import copy_from_teacher
-from cv.config import defaults
+from cv.config import defaults, load_config
 from cv.dskd import build_dskd, layer_map, layer_pairs
 from cv.models import build_model
 from cv.teachers import load_teacher
@@ -354,3 +357,21 @@ def test_a_run_that_starts_from_the_teacher_says_so_and_trains_from_there(tmp_pa
     assert "started as a copy of its blocks" in capsys.readouterr().out
     before = load_file(teacher / "model.safetensors")
     torch.testing.assert_close(run.weights["classifier.weight"], before["classifier.weight"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("control", ["sensitive", "random"])
+def test_networks_of_unequal_width_pair_by_their_spectra(tmp_path, control):
+    teacher = save_teacher(tmp_path / "teacher", "wrn_40_2")
+    networks = "DISTILLER.TEACHER wrn_40_2 DISTILLER.STUDENT wrn_16_1"
+    dskd = f"DSKD.ENABLED true DSKD.BASIS spectrum DSKD.SVD_STEPS 2 DSKD.DIRECTION {control}"
+    run = short_run(tmp_path / "run", teacher, f"{networks} {dskd} SOLVER.EPOCHS 1")
+    assert all(value > 0 for value in column(run, "dskd_loss"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "directions.jsonl").read_text().splitlines()]
+    assert lines[-1]["distance"].keys() == lines[-1]["weights"].keys()
+    assert all(value > 0 for value in lines[-1]["distance"].values())
+
+
+def test_the_plain_difference_of_unequal_shapes_is_refused():
+    message = r"DSKD\.DIRECTION = 'plain': expected sensitive, random.* with DSKD\.BASIS spectrum"
+    with pytest.raises(UserError, match=message):
+        load_config(str(ROOT / "configs/demo/base.yaml"), ["DSKD.BASIS", "spectrum", "DSKD.DIRECTION", "plain"])
