@@ -41,7 +41,7 @@ def check_circumstances(checkpoint: Path, before: Mapping[str, int | str], now: 
 
 
 class RunRecord:
-    """Writes `config.json`, `metrics.jsonl` and `result.json` into an output folder (one process only: rank 0).
+    """Writes `config.json`, `metrics.jsonl` and `result.json` into an output folder (on the first process alone).
 
     Args:
         folder: the run's output folder.

@@ -250,7 +250,7 @@ class MethodStateCallback(TrainerCallback):
         complete: called when a checkpoint is complete.
 
     Attributes:
-        record: the run's, whose number of log lines is kept; None on other ranks than 0.
+        record: the run's, whose number of log lines is kept; None on other processes than the first.
     """
 
     def __init__(
