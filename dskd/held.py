@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .matrices import inner_product
-from .sharding import local, sum_over_parts
+from .matrices import inner_product, working_dtype
+from .sharding import is_sharded, local, sum_over_parts
 
 
 class _HandOut(torch.autograd.Function):
@@ -62,9 +62,14 @@ class Held:
             return True
         origin = [local(W0) for W0 in self.origin]
         moved = torch._foreach_sub([local(W.detach()) for W in weights], origin)
-        squares = [norm.double().square() for norm in torch._foreach_norm([*moved, *origin])]
-        moved_sum, size_sum = sum_over_parts(squares, [*weights, *weights]).chunk(2)
-        return bool((moved_sum > drift**2 * size_sum).any())
+        norms = torch._foreach_norm([*moved, *origin])
+        if any(map(is_sharded, weights)):
+            squares = [norm.double().square() for norm in norms]
+            found = sum_over_parts(squares, [*weights, *weights]).tolist()
+        else:  # squared on the host: not every device has float64
+            found = [norm * norm for norm in torch.stack([norm.to(working_dtype(norm)) for norm in norms]).tolist()]
+        count = len(weights)
+        return any(change > drift**2 * size for change, size in zip(found[:count], found[count:], strict=True))
 
 
 def check_intervals(svd_steps: int, grad_steps: int, drift: float) -> None:

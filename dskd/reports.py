@@ -42,7 +42,8 @@ class Reports:
 
     def effective_directions(self) -> dict[str, float]:
         """1 / sum(w^2) of every pair, to 7 digits: how many directions its weights amount to."""
-        rows = self._by_name(lambda group: 1.0 / self.reading.weights(group.chosen).double().square().sum(-1))
+        # on the host: not every device has float64
+        rows = self._by_name(lambda group: 1.0 / self.reading.weights(group.chosen).cpu().double().square().sum(-1))
         values = torch.stack(list(rows.values())).tolist()
         return {name: float(f"{value:.7g}") for name, value in zip(rows, values, strict=True)}
 

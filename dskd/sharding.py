@@ -59,10 +59,14 @@ def sharded_like(weight: Any, full: Tensor) -> Tensor:
 
 
 def largest_over_parts(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest absolute entry of each tensor, infinite if one is not finite; (tensors,) in float64."""
+    """The largest absolute entry of each tensor, infinite if one is not finite; (tensors,).
+
+    In float32, or in float64 if there are such tensors; not every device has that.
+    """
     parts = [local(tensor) for tensor in tensors]
     norms = torch._foreach_norm([part if part.numel() else part.new_zeros(1) for part in parts], float("inf"))
-    found = torch.stack([norm.double() for norm in norms])
+    wide = any(norm.dtype == torch.float64 for norm in norms)
+    found = torch.stack([norm.to(torch.float64 if wide else torch.float32) for norm in norms])
     if any(map(is_sharded, tensors)):
         found = found.nan_to_num(nan=torch.inf, posinf=torch.inf)  # a maximum may lose nan
         dist.all_reduce(found, dist.ReduceOp.MAX)

@@ -14,7 +14,7 @@ _CURVATURE_STEPS = 20  # a mean over about 20 gradients changes no faster, and t
 
 
 class ChoiceLog:
-    """Writes one line per choice of directions (one process only: rank 0):
+    """Writes one line per choice of directions (on the first process alone):
 
     {"step": s, "weights": {pair: {"index": [...], "weight": [...], "sigma": [...]}}, "distance": {pair: d}}
 

@@ -41,7 +41,7 @@ def check_circumstances(checkpoint: Path, before: Mapping[str, int | str], now: 
 
 
 class RunRecord:
-    """Writes `config.json`, `metrics.jsonl` and `result.json` into an output folder (one process only: rank 0).
+    """Writes `config.json`, `metrics.jsonl` and `result.json` into an output folder (on the first process alone).
 
     Args:
         folder: the run's output folder.
@@ -58,6 +58,8 @@ class RunRecord:
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics = StepLog(folder / "metrics.jsonl", resume_step, resume_lines)
         write_json(folder / "config.json", config)
+        if unused := unused_device():
+            print(f"note: {unused}", flush=True)
 
     def log(self, step: int, **values: Any) -> None:
         """Append one line; numbers that are not finite are written as strings, so that every line is valid JSON."""
@@ -134,6 +136,15 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def unused_device() -> str:
+    """What is to be said of a device that neither program uses, "" if there is none."""
+    import torch
+
+    if torch.backends.mps.is_available() and not torch.cuda.is_available():
+        return "the GPU of this Mac (MPS) is not used; the run is on the processor"
+    return ""
 
 
 def device_name() -> str:

@@ -10,7 +10,7 @@ from common.run.reading import parse_json, read_text, reading
 
 
 class StepLog:
-    """Appends lines to a file (one process only: rank 0).
+    """Appends lines to a file (on the first process alone).
 
     Args:
         path: the file; what an earlier run left in it is removed.

@@ -23,6 +23,14 @@ def test_the_resolved_config_is_written_at_once(tmp_path):
     assert json.loads((tmp_path / "new" / "config.json").read_text()) == {"seed": 3}
 
 
+@pytest.mark.parametrize(("mps", "cuda", "told"), [(True, False, True), (True, True, False), (False, False, False)])
+def test_a_gpu_that_is_not_used_is_named(tmp_path, capsys, monkeypatch, mps, cuda, told):
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: mps)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    RunRecord(tmp_path, {})
+    assert ("the GPU of this Mac (MPS) is not used" in capsys.readouterr().out) == told
+
+
 def test_every_log_is_one_line_with_its_step(tmp_path):
     run = RunRecord(tmp_path, {})
     run.log(1, loss=0.5)

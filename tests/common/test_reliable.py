@@ -74,11 +74,25 @@ def test_without_flock_a_file_that_is_there_is_a_lock(tmp_path, monkeypatch):
         pass
 
 
-def test_the_shared_modules_import_without_fcntl_and_resource():
-    hidden = "import sys; sys.modules.update(fcntl=None, resource=None); "
-    assert (
-        python(hidden + "import common.run.lock, common.run.record, common.run.disk, common.run.stopping").wait() == 0
-    )
+def test_both_programs_run_without_fcntl_and_resource(tmp_path):
+    run = f"""
+import sys
+from common.torchvision_repair import repair_torchvision
+repair_torchvision()
+import accelerate, datasets, filelock, psutil, tensorboard, torch, transformers  # what they import here is their matter
+sys.modules.update(fcntl=None, resource=None)
+sys.path[:0] = {[str(ROOT / "tests/helpers"), str(ROOT / "nlp/BERT-of-Theseus")]}
+from pathlib import Path
+from types import SimpleNamespace
+from cv_fixtures import save_teacher, short_run
+from nlp_fixtures import execute, flags, write_model, write_rte
+folder = Path({str(tmp_path)!r})
+places = SimpleNamespace(model=write_model(folder / "model"), data=write_rte(folder / "data"))
+execute(flags(places, folder / "nlp", "--max_steps", "1"))
+short_run(folder / "cv", save_teacher(folder / "teacher"), "SOLVER.EPOCHS 1")
+"""
+    assert python(run).wait() == 0
+    assert all((tmp_path / name / "result.json").is_file() for name in ("nlp", "cv"))
 
 
 # manifest

@@ -9,6 +9,8 @@ import contextlib
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dskd import Curvature, DirectionSensitivityLoss, Own, Update
 from dskd import loss as loss_file
@@ -99,3 +101,29 @@ def test_the_host_reads_once_a_choice_and_never_else(reading, reads):
 
 def test_with_drift_the_host_reads_once_where_a_gradient_may_be_let_go(reads):
     assert reads_per_step(reads, Own(2), svd_steps=4, grad_steps=2, drift=1e-9) == [0, 1, 0, 1, 0, 1, 0, 1]
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Fails where a tensor of float64 comes about, as on Apple's GPUs."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for value in tree_leaves(output):
+            assert not (isinstance(value, torch.Tensor) and value.dtype == torch.float64), function
+        return output
+
+
+@every_reading
+@pytest.mark.parametrize("drift", [0.0, 1e-9, 10.0])
+def test_float32_weights_need_no_float64(reading, drift):
+    with WithoutFloat64():
+        loss = make(reading, "cpu", svd_steps=3, grad_steps=2, drift=drift)
+        optimizer = torch.optim.SGD(loss.students, lr=0.1)
+        for _ in range(5):
+            step(loss, optimizer)
+    assert loss.choices
+
+
+def test_the_mode_notices_float64():
+    with pytest.raises(AssertionError, match="_to_copy"), WithoutFloat64():
+        torch.ones(2).double()

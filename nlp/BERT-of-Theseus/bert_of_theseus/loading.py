@@ -5,14 +5,21 @@ import re
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+)
 
 from bert_of_theseus.data import load_task_data, random_subset, selection_split
-from bert_of_theseus.modeling import encoder_layers, last_of_group
+from bert_of_theseus.modeling import SUPPORTED, encoder_layers, last_of_group
 from bert_of_theseus.tasks import Task, custom_task, get_task
 from common.run.errors import UserError
 
-_BODY = re.compile(r"(^|\.)(embeddings|encoder)\.")  # what only the encoder has; heads of other tasks may be left over
+# what only the encoder has; heads of other tasks may be left over
+_BODY = re.compile(r"(^|\.)(embeddings|encoder|transformer|layers)\.")
 _LARGEST = 2_000_000_000
 
 
@@ -45,6 +52,8 @@ def load_model(args: argparse.Namespace, task: Task):
     try:
         config = AutoConfig.from_pretrained(name, **where)
         _check_sizes(config)
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise ValueError(f"{config.model_type} is no text classifier of transformers ({SUPPORTED} are supported).")
         named = config.id2label or {}
         tokenizer = AutoTokenizer.from_pretrained(name, **where, **lower)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers 5 makes one up where there is none
@@ -62,6 +71,11 @@ def load_model(args: argparse.Namespace, task: Task):
             f"--model_name_or_path {name} cannot be loaded: {reason} Give a folder with config.json, "
             "model.safetensors and a tokenizer, or a hub name that can be downloaded."
         ) from error
+    if hasattr(model.base_model, "set_attention_type"):
+        # BigBird's blocks are for long texts; it leaves them for good with the first short batch, and unlike in each
+        # process. Full attention has the same weights
+        model.base_model.set_attention_type("original_full")
+        model.config.attention_type = "original_full"
     # a model of another task may name that one's, by which transformers would choose the loss
     model.config.problem_type = "regression" if task.regression else "single_label_classification"
     trains_classifier = args.finetune_predecessor or (args.do_train and args.method == "finetune")
@@ -73,7 +87,8 @@ def load_model(args: argparse.Namespace, task: Task):
         _fit_labels(args, task, model, [str(named[i]) for i in sorted(named)], trains_classifier)
     if args.do_lower_case and tokenizer.tokenize("Read THE Text") != tokenizer.tokenize("read the text"):
         raise UserError(f"--do_lower_case has no effect on the tokenizer of {name}, which tells cases apart")
-    check_layers(args, len(encoder_layers(model)))
+    if makes_student(args):
+        check_layers(args, len(encoder_layers(model)))
     if fresh and not trains_classifier:
         print(
             f"warning: {name} is not fine-tuned on {task.name} (its classifier is newly initialised), so there is "
@@ -89,7 +104,7 @@ def load_model(args: argparse.Namespace, task: Task):
 def _check_sizes(config) -> None:
     """Sizes that a damaged config.json can claim, and that would be allocated or counted up to."""
     for key, value in config.to_dict().items():
-        limit = 10_000 if key.startswith("num_") else 10**8
+        limit = 10_000 if key.startswith(("num_", "n_")) else 10**8
         if type(value) is int and abs(value) > limit:
             raise ValueError(f"config.json: {key} is {value:.3g}, at most {limit:,} is possible.")
 
@@ -107,8 +122,9 @@ def _fresh_classifier(args, task: Task, model, loading: dict, trains_classifier:
     missing = set(loading["missing_keys"]) - shapes.keys()
     classifier = {key for key, _ in model.named_parameters() if key.startswith("classifier")}
     unmade = sorted(missing - classifier)
-    if classifier <= missing:  # a pretrained encoder: its pooler may be new, too
-        unmade = [key for key in unmade if not re.search(r"(^|\.)pooler\.", key)]
+    if classifier <= missing:  # a pretrained encoder: all of its head may be new, and its pooler
+        body = f"{model.base_model_prefix}."
+        unmade = [key for key in unmade if key.startswith(body) and not re.search(r"(^|\.)pooler\.", key)]
     elif not shapes:
         unmade += sorted(missing & classifier)
     left = sorted(key for key in loading["unexpected_keys"] if _BODY.search(key) and not key.endswith("_ids"))
@@ -242,11 +258,14 @@ def check_length(args: argparse.Namespace, data: dict) -> None:
             )
 
 
+def makes_student(args: argparse.Namespace) -> bool:
+    """Whether the run makes a student of the model's layers, rather than train or use it as it is."""
+    return args.do_train and (args.method != "finetune" or bool(args.num_successor_layers))
+
+
 def check_layers(args: argparse.Namespace, layers: int) -> None:
     """Refuse a number of student layers that the method cannot make, or with which it is another one (UserError)."""
     count = args.num_successor_layers
-    if not args.do_train or (args.method == "finetune" and not count):
-        return
     if args.method != "finetune" or args.if_svd or args.start == "paired":
         try:
             last_of_group(layers, count or default_successor_layers(layers))

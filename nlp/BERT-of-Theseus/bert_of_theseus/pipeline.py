@@ -26,7 +26,7 @@ from bert_of_theseus.loading import (
     load_model,
     max_length,
 )
-from bert_of_theseus.modeling import TheseusModel, copied_layers, encoder_layers, layer_pairs
+from bert_of_theseus.modeling import TheseusModel, check_export, copied_layers, depth, layer_pairs
 from bert_of_theseus.output import ClaimedFolder, check_folder, claimed
 from bert_of_theseus.predictions import write_predictions, write_probabilities
 from bert_of_theseus.reporting import (
@@ -96,7 +96,11 @@ def run(args: argparse.Namespace) -> None:
     setup = training_arguments(args, output_dir)  # starts the process group of a distributed run
     first = setup.process_index == 0
     # all that can be refused is, before an earlier run is moved aside
-    job = _assemble(args, task, model, datasets, setup) if args.do_train and not args.finetune_predecessor else None
+    job = (
+        _assemble(args, task, tokenizer, model, datasets, setup)
+        if args.do_train and not args.finetune_predecessor
+        else None
+    )
     if first and args.do_train:
         check_space("--output_dir", output_dir, 2 * state_bytes(job.student if job else model))
     with claimed(output_dir, args) if first else nullcontext() as claim:
@@ -177,7 +181,7 @@ def _finetune_predecessor(args, task, tokenizer, model, datasets, folder: Path):
         report_to=[],
     )
     if setup.process_index == 0:
-        print(f"fine-tuning the predecessor, {len(encoder_layers(model))} layers", flush=True)
+        print(f"fine-tuning the predecessor, {depth(model)} layers", flush=True)
     trainer = _trainer(args, task, tokenizer, model, datasets, setup)
     try:
         trainer.train()
@@ -186,7 +190,7 @@ def _finetune_predecessor(args, task, tokenizer, model, datasets, folder: Path):
         raise UserError(_diverged(error, args, "--predecessor_learning_rate")) from error
     model = trainer.accelerator.unwrap_model(trainer.model)
     if setup.process_index == 0:
-        how = f"{len(encoder_layers(model))} layers, fine-tuned"
+        how = f"{depth(model)} layers, fine-tuned"
         try:
             save_student(model, tokenizer, folder, card(args, task, model, how, metrics))
         except FloatingPointError as error:
@@ -200,7 +204,7 @@ def _build_student(args, model):
     """(what the Trainer trains, weight pairs for DSKD or None)."""
     if args.method == "finetune" and not args.num_successor_layers:
         return model, None
-    count = args.num_successor_layers or default_successor_layers(len(encoder_layers(model)))
+    count = args.num_successor_layers or default_successor_layers(depth(model))
     if args.method == "theseus":
         theseus = TheseusModel(model, count, seed=args.seed, start=args.start)
         return theseus, theseus.pairs()
@@ -225,7 +229,7 @@ class _Job(NamedTuple):
 
     Attributes:
         model: the predecessor, or what trains itself.
-        layers: its encoder layers.
+        layers: how many encoder layers it has.
         student: what the Trainer trains.
         pairs: weight pairs for DSKD, or None.
         dskd: the loss, or None.
@@ -233,19 +237,24 @@ class _Job(NamedTuple):
     """
 
     model: nn.Module
-    layers: nn.ModuleList
+    layers: int
     student: nn.Module
     pairs: list | None
     dskd: DirectionSensitivityLoss | None
     inputs: dict[str, str]
 
 
-def _assemble(args, task, model, datasets, setup) -> _Job:
+def _assemble(args, task, tokenizer, model, datasets, setup) -> _Job:
     inputs = {"predecessor": weights_sha256(model), "data": sha256_of_sets(datasets)}
     if args.class_weights:
         weigh_classes(model, balanced_weights(datasets["train"].labels, len(task.labels)))
-    layers = encoder_layers(model)
+    layers = depth(model)
     student, pairs = _build_student(args, model)
+    if student is not model:
+        examples = datasets["train"]
+        batch = collator(tokenizer)([examples[int(examples.lengths.argmax())], examples[0]])
+        batch.pop("labels", None)
+        check_export(student, _exported(student), batch)
     student.to(setup.device)
     model.to(setup.device)  # DSKD's teacher
     if args.torch_compile:
@@ -268,7 +277,7 @@ def _train(args, task, tokenizer, model, datasets, job: _Job | None, claim: Clai
             raise
         complete()
         set_seed(args.seed)
-        job = _assemble(args, task, model, datasets, setup)
+        job = _assemble(args, task, tokenizer, model, datasets, setup)
     student, pairs, dskd = job.student, job.pairs, job.dskd
     theseus = student if isinstance(student, TheseusModel) else None
     best_on = f"eval_{'selection' if args.selection_split else task.dev_sets[0]}_{task.primary}"
@@ -303,7 +312,7 @@ def _train(args, task, tokenizer, model, datasets, job: _Job | None, claim: Clai
         record = method_state.record = RunRecord(output_dir, vars(args), resume_step=step, resume_lines=log_lines)
         directions = ChoiceLog(output_dir, dskd, pairs, resume_step=step) if dskd else None
         trainer.add_callback(RecordCallback(record, directions))
-    layers = len(encoder_layers(_exported(student)))
+    layers = depth(_exported(student))
     how = method_in_words(args, layers)
 
     def save(folder: str, evaluation: dict[str, float]) -> None:
@@ -318,8 +327,8 @@ def _train(args, task, tokenizer, model, datasets, job: _Job | None, claim: Clai
     if record is not None:
         start = f"from {checkpoint.name}" if checkpoint else "from the beginning"
         print(f"training: {how}" + (f", {start}" if args.resume else ""), flush=True)
-        if len(job.layers) != layers:
-            print(layer_map(len(job.layers), layers, args.start), flush=True)
+        if job.layers != layers:
+            print(layer_map(job.layers, layers, args.start), flush=True)
     with stop_requests() as request, _whole(checkpoint):
         stop = StopCallback(request)
         trainer.add_callback(stop)
@@ -335,7 +344,7 @@ def _train(args, task, tokenizer, model, datasets, job: _Job | None, claim: Clai
         trainer.evaluate()
         history = [line for line in trainer.state.log_history if best_on in line]
     export = _exported(student)
-    smaller = layers != len(job.layers)
+    smaller = layers != job.layers
     predecessor, cost = _predecessor(args, task, tokenizer, job, datasets) if smaller else ({}, None)
     if record is None:
         return export
@@ -418,9 +427,8 @@ def _schedule(args, steps: int) -> Callable[[int], float]:
 
 def _predecessor(args, task, tokenizer, job: _Job, datasets) -> tuple[dict[str, float], tuple[int, float]]:
     """(metrics, cost) of the student's teacher, which training has left as it was; all processes take part."""
-    encoder = job.model.base_model.encoder
-    stack, encoder.layer = encoder.layer, job.layers  # a Theseus model has taken the layers over
-    try:
+    # a Theseus model has taken the layers over
+    with job.student.predecessor() if isinstance(job.student, TheseusModel) else nullcontext():
         metrics = {}
         if args.do_eval:
             setup = training_arguments(args, Path(args.output_dir), report_to=[], eval_strategy="no")
@@ -428,8 +436,6 @@ def _predecessor(args, task, tokenizer, job: _Job, datasets) -> tuple[dict[str, 
             trainer.remove_callback(PrinterCallback)
             metrics = flatten(trainer.evaluate())
         return metrics, _cost(job.model, tokenizer, datasets)
-    finally:
-        encoder.layer = stack
 
 
 @torch.no_grad()

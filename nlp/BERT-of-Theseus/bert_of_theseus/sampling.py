@@ -1,4 +1,4 @@
-"""The order of training examples: batches of similar length, the same on every rank and after resuming."""
+"""The order of training examples: batches of similar length, the same on every process and after resuming."""
 
 from collections.abc import Callable, Iterator
 
@@ -12,7 +12,7 @@ class LengthGrouped(Sampler[int]):
     """Indices of N examples, at random, those of a batch of similar length; a function of seed and epoch alone.
 
     The Trainer's own draws from torch's global generator: a resumed run would go on with another order than the one
-    it was stopped in, and the ranks, whose generators part with their first batches of different length, with orders
+    it was stopped in, and processes, whose generators part with their first batches of different length, with orders
     of their own.
 
     Args:

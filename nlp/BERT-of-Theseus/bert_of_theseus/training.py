@@ -25,8 +25,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from bert_of_theseus.distillation import DistilledModel
 from bert_of_theseus.metrics import compute, decide
-from bert_of_theseus.modeling import TheseusModel
+from bert_of_theseus.modeling import TheseusModel, encoder_layers
 from bert_of_theseus.sampling import LengthGrouped
 from bert_of_theseus.tasks import Task
 from common.run.choices import ChoiceLog
@@ -249,7 +250,7 @@ class MethodStateCallback(TrainerCallback):
         complete: called when a checkpoint is complete.
 
     Attributes:
-        record: the run's, whose number of log lines is kept; None on other ranks than 0.
+        record: the run's, whose number of log lines is kept; None on other processes than the first.
     """
 
     def __init__(
@@ -503,9 +504,14 @@ def first_output(predictions):
 
 def compile_layers(model: nn.Module) -> None:
     """Compile every encoder layer by itself: the random choice among layers stays outside of the compiled code."""
-    for name, module in model.named_modules():
-        if re.search(r"(\.layer|predecessors)\.\d+$|\.successor$", name) and not hasattr(module, "successor"):
-            module.compile(dynamic=True)
+    if isinstance(model, TheseusModel):
+        layers = [layer for module in model.theseus_modules for layer in (*module.predecessors, module.successor)]
+    elif isinstance(model, DistilledModel):
+        layers = [*encoder_layers(model.student), *encoder_layers(model.teacher)]
+    else:
+        layers = encoder_layers(model)
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def save_student(student: nn.Module, tokenizer, folder: Path, card: str) -> None:
