@@ -120,8 +120,10 @@ class DirectionSensitivityLoss(Reports, Saved):
 
         Raises:
             ValueError: progress out of range, or a name in `skip` that is no pair's.
-            RuntimeError: a backward pass ran inside.
+            RuntimeError: a backward pass ran inside, or `attach` follows the steps already.
         """
+        if self.attachment is not None:
+            raise RuntimeError("the DSKD loss follows an optimizer already: take steps without `observe`, or detach")
         step = self.begin_step(progress, skip)
         everything = range(len(self.students))
         step.note_gradients(everything)
