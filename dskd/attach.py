@@ -50,7 +50,8 @@ class Attachment:
         if weight is not None and not 0.0 <= weight < float("inf"):
             raise ValueError(f"weight must be 0 or a positive number, got {weight}")
         self.loss, self.total_steps, self.weight, self.skip = loss, total_steps, weight, skip
-        optimizers = [_unwrapped(each) for each in (optimizer if isinstance(optimizer, Sequence) else [optimizer])]
+        given = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+        optimizers = list(dict.fromkeys(_unwrapped(each) for each in given))
         self._places = self._places_in(optimizers)
         self._step: ObservedStep | None = None
         self._gradients: list[Tensor] = []  # of the loss, for the optimizers of the present step that come later
@@ -69,7 +70,8 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         self._forget()
-        self.loss.attachment = None
+        if self.loss.attachment is self:
+            self.loss.attachment = None
 
     def follows(self, optimizer: Any) -> bool:
         """Whether this optimizer, or the one in this wrapper, trains a paired weight."""
@@ -120,6 +122,8 @@ class Attachment:
             self._gradients = gradients if len(self._places) > 1 else []
         if self._step is None:
             progress = min(self.loss.steps / self.total_steps, 1.0)
+            if self.loss.steps >= self.total_steps:
+                self.loss.watch.warn(f"the training takes more than the {self.total_steps} steps planned (total_steps)")
             skip = self.skip() if self.skip is not None and self.loss.due else ()
             self._step = self.loss.begin_step(progress, skip)
         self._begun.add(id(optimizer))
@@ -147,13 +151,16 @@ class Attachment:
 
 @torch.no_grad()
 def add_gradient(pairs: Iterable[tuple[Tensor, Tensor]], weight: float, scale: Tensor | None = None) -> None:
-    """Add weight * scale * D to `.grad` of every W, for pairs (W, D)."""
+    """Add weight * scale * D to `.grad` of every W that is trained, for pairs (W, D)."""
     added, wanted = [], []
     for W, D in pairs:
+        if not W.requires_grad:  # frozen by now; an optimizer moves whatever has a gradient
+            continue
         W.grad = torch.zeros_like(W) if W.grad is None else W.grad
         added.append(local(W.grad))
         wanted.append(local(D) if scale is None else local(D) * scale)
-    torch._foreach_add_(added, wanted, alpha=weight)
+    if added:
+        torch._foreach_add_(added, wanted, alpha=weight)
 
 
 def _unwrapped(optimizer: Any) -> Optimizer:

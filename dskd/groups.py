@@ -2,9 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,16 @@ from .matrices import as_matrix, shape_of, working_dtype
 from .pairing.pairs import LayerPairs
 from .processes import collect, rounds, share
 from .readings import Reading, State
-from .sharding import check_sharding, whole
+from .sharding import check_sharding, local, whole
 
+
+class _HasPairs(Protocol):
+    pairs: LayerPairs
+
+
+_Loss = TypeVar("_Loss", bound=_HasPairs)
+_R = TypeVar("_R")
+_CannotDecompose: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 Pairs = Sequence[tuple[str, Tensor, Tensor]]  # (name, student weight, teacher weight)
 _AT_ONCE = 2**20  # elements of the matrices that are decomposed together, which bounds the memory of a refresh
 
@@ -29,6 +38,7 @@ class Group:
         chosen: what the reading has chosen, a row a pair.
         targets: what it has computed of the teacher for this process's share, by the rows of a round.
         former: of those before the last choice what still holds.
+        versions: of the teachers when their targets were computed.
     """
 
     index: list[int]
@@ -40,6 +50,7 @@ class Group:
     chosen: State = field(default_factory=dict)
     targets: dict[tuple[int, ...], State] = field(default_factory=dict)
     former: dict[tuple[int, ...], State] = field(default_factory=dict)
+    versions: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -72,8 +83,15 @@ class Group:
             self.chosen = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     def target(self, reading: Reading, teachers: Sequence[Tensor], rows: list[int]) -> State:
-        """What the reading needs of this process's share of some teachers, renewed after a choice only."""
-        key = tuple(rows)
+        """What the reading needs of this process's share of some teachers, renewed after a choice.
+
+        All of it is computed anew where an operation in place has changed a teacher, a running mean of students say.
+        """
+        key, versions = tuple(rows), [_version(teachers[self.index[row]]) for row in rows]
+        if self.versions.get(key) != versions:
+            self.targets.pop(key, None)
+            self.former.pop(key, None)
+            self.versions[key] = versions
         if key not in self.targets:
             teacher_mn, former = self.stack(teachers, rows, self.teacher_mn), self.former.pop(key, {})
             self.targets[key] = reading.target(teacher_mn, self.of_rows(rows), former)
@@ -114,6 +132,26 @@ def group_by_shape(pairs: Pairs) -> list[Group]:
     return list(groups.values())
 
 
+def naming_what_is_not_finite(expand: Callable[[_Loss], _R]) -> Callable[[_Loss], _R]:
+    """Where a matrix cannot be decomposed, say of which pair it is and what is wrong with it."""
+
+    @wraps(expand)
+    def wrapped(loss: _Loss) -> _R:
+        try:
+            return expand(loss)
+        except _CannotDecompose as error:
+            for name, student, teacher in loss.pairs:
+                for role, weight in (("student", student), ("teacher", teacher)):
+                    if not local(weight).isfinite().all():
+                        raise _CannotDecompose(
+                            f"pair {name}: the {role}'s weight is not finite, so that DSKD cannot decompose it; look "
+                            "for what made it so (a step with a gradient that was not finite, a learning rate too high)"
+                        ) from error
+            raise
+
+    return wrapped
+
+
 def check_pairs(pairs: Pairs, any_shape: bool = False) -> LayerPairs:
     """Refuse what cannot be aligned, by the pair's name.
 
@@ -124,9 +162,9 @@ def check_pairs(pairs: Pairs, any_shape: bool = False) -> LayerPairs:
         The pairs, whose `check` refuses weights that are the networks' no longer, if `pair_layers` gave them.
 
     Raises:
-        ValueError: no pairs, a repeated name, shapes of a pair that differ, a weight that is no matrix, a student
-            weight that cannot be trained, or one that its layer has no longer.
-        TypeError: a pair that is no (name, student weight, teacher weight).
+        ValueError: no pairs, a repeated name, shapes of a pair that differ, a weight that is no matrix or has no
+            values, a student weight that cannot be trained or is the teacher's, or one that its layer has no longer.
+        TypeError: a pair that is no (name, student weight, teacher weight), or weights that are no floating point.
     """
     pairs = pairs if isinstance(pairs, LayerPairs) else LayerPairs(pairs)
     if not pairs:
@@ -139,6 +177,8 @@ def check_pairs(pairs: Pairs, any_shape: bool = False) -> LayerPairs:
             raise ValueError(f"the pair name {name!r} occurs {counts[name]} times")
         if student.shape != teacher.shape and not any_shape:
             raise ValueError(_of_other_shapes(name, student, teacher))
+        if _same_memory(student, teacher):
+            raise ValueError(f"pair {name}: the teacher's weight is the student's own; give a copy (.detach().clone())")
         for weight in (student, teacher):
             if weight.ndim < 2:
                 raise ValueError(
@@ -166,6 +206,24 @@ def _check_kind(pair: Any) -> None:
             raise TypeError(f"pair {pair[0]}: the {role} is a {type(weight).__name__}; give its weight, a tensor")
         if not isinstance(weight, Tensor):
             raise TypeError(f"pair {pair[0]}: the {role}'s weight is a {type(weight).__name__}, not a tensor")
+        if nn.parameter.is_lazy(weight):
+            raise ValueError(
+                f"pair {pair[0]}: the {role}'s weight is lazy and without a shape as yet; run a batch first"
+            )
+        if not weight.is_floating_point():
+            raise TypeError(f"pair {pair[0]}: the {role}'s weight is of {weight.dtype}; DSKD takes real floating point")
+        if not weight.numel():
+            raise ValueError(f"pair {pair[0]}: the {role}'s weight {shape_of(weight)} is empty; leave the pair out")
+
+
+def _same_memory(student: Tensor, teacher: Tensor) -> bool:
+    ours, theirs = local(student), local(teacher)
+    return ours.device == theirs.device and 0 != ours.data_ptr() == theirs.data_ptr()
+
+
+def _version(teacher: Tensor) -> int:
+    """Counts the operations in place on a tensor; tensors of inference have no such count."""
+    return 0 if teacher.is_inference() else teacher._version
 
 
 def _of_other_shapes(name: str, student: Tensor, teacher: Tensor) -> str:

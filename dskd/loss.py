@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .attach import Attachment
-from .groups import Pairs, check_pairs, group_by_shape
+from .groups import Pairs, check_pairs, group_by_shape, naming_what_is_not_finite
 from .held import Held, check_intervals, hand_out
 from .matrices import in_layout_of, inner_product, largest_entries
 from .observed import ObservedStep
@@ -72,7 +72,7 @@ class DirectionSensitivityLoss(Reports, Saved):
         self.reading = Own() if reading is None else reading
         if not isinstance(self.reading, Reading):
             raise TypeError(f"reading must be one such as Own(rank=32), got {reading!r}")
-        self.pairs = check_pairs(pairs, self.reading.any_shape)
+        self.pairs = pairs = check_pairs(pairs, self.reading.any_shape)
         self.svd_steps, self.grad_steps, self.drift = svd_steps, grad_steps, drift
         self.steps = self.choices = self.expansions = 0
         self.names = [name for name, _, _ in pairs]
@@ -120,8 +120,10 @@ class DirectionSensitivityLoss(Reports, Saved):
 
         Raises:
             ValueError: progress out of range, or a name in `skip` that is no pair's.
-            RuntimeError: a backward pass ran inside.
+            RuntimeError: a backward pass ran inside, or `attach` follows the steps already.
         """
+        if self.attachment is not None:
+            raise RuntimeError("the DSKD loss follows an optimizer already: take steps without `observe`, or detach")
         step = self.begin_step(progress, skip)
         everything = range(len(self.students))
         step.note_gradients(everything)
@@ -154,9 +156,8 @@ class DirectionSensitivityLoss(Reports, Saved):
 
     def end_step(self, step: ObservedStep) -> None:
         """Right after it: count it, choose directions if that is due, let go of a gradient that has had its time."""
-        held = step.gradients_held()
         self.steps += 1
-        if not held:
+        if not step.gradients_held():
             self.copy_gradients = self.postponed = True
         elif step.before is not None:
             with torch.autocast(self.students[0].device.type, enabled=False):
@@ -184,8 +185,7 @@ class DirectionSensitivityLoss(Reports, Saved):
                 chosen = self.reading.choose(update_mn, gradient_mn, step.progress, group.of_rows(rows))
                 group.renew(self.reading, rows, chosen)
         if self.reading.span == "interval":  # a new list of new tensors: saved states keep the former ones
-            starts = enumerate(zip(self.students, self.starts, strict=True))
-            self.starts = [W.detach().clone() if i in moved else start for i, (W, start) in starts]
+            self.starts = [self.students[i].detach().clone() if i in moved else W for i, W in enumerate(self.starts)]
         self.choices += 1
         return True
 
@@ -197,6 +197,7 @@ class DirectionSensitivityLoss(Reports, Saved):
             self.expansions += 1
         return self.held
 
+    @naming_what_is_not_finite
     @torch.no_grad()
     def _expand(self) -> Held:
         """The exact loss and gradient at the present weights."""

@@ -40,6 +40,7 @@ class ObservedStep:
             self._noted[i], self._versions[i] = grad, _version(grad)
             if self.before is not None:
                 self.gradients[i] = grad.clone() if grad is not None and self._copy else grad
+            if self.before is not None and self.weights[i].requires_grad:  # not frozen since the loss was made
                 register = self.weights[i].register_post_accumulate_grad_hook
                 self._hooks.append((i, register(self._note_late)))  # type: ignore[no-untyped-call]
 
@@ -68,7 +69,8 @@ class ObservedStep:
         if self._late or replaced:
             raise RuntimeError(
                 "DSKD: a backward pass ran inside of the step, whose gradients are not those that were seen before it; "
-                "use `dskd.attach(optimizer, total_steps)`, which follows an optimizer that calls a closure once"
+                "use `dskd.attach(optimizer, total_steps)`, which follows an optimizer that calls a closure once; of "
+                "one with several passes a step around another one (SAM) attach the inner one"
             )
 
     def gradients_held(self) -> bool:

@@ -39,6 +39,10 @@ class Saved:
             "starts": self.starts,
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all but what follows the optimizer, whose own copies come without hooks."""
+        return {**self.__dict__, "attachment": None}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`.
 
@@ -70,6 +74,14 @@ class Saved:
                 raise ValueError(f"the saved DSKD state has the shape {saved} for {name}, not {shape_of(W)}")
         if state["reading"] != repr(self.reading):
             raise ValueError(f"the saved DSKD state is of {state['reading']}, not {self.reading!r}")
+        rows = [{len(value) for value in chosen.values()} for chosen in state["chosen"]]
+        if len(rows) != len(self.groups) or any(
+            found - {len(group)} for found, group in zip(rows, self.groups, strict=True)
+        ):
+            raise ValueError(
+                "the saved DSKD state groups the layer pairs otherwise; make the loss of weights with the precisions, "
+                "devices and teacher shapes that it was saved with"
+            )
 
     def _beside_students(self, tensors: list[Tensor]) -> list[Tensor]:
         """On the devices, and in the parts, of the students' weights; there are none, or as many as pairs."""

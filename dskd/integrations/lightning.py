@@ -61,6 +61,10 @@ class DskdCallback(*_callbacks()):  # type: ignore[misc]
         self._attachment: Attachment | None = None
         self._saved: dict[str, Any] | None = None  # read from a checkpoint, before the network is on its device
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Before a checkpoint is read: what `validate` or the like has read of one is not for this run."""
+        self._saved = None
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self._make is not None:
             self.dskd = self._make(pl_module)

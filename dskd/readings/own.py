@@ -1,9 +1,9 @@
 """`Own`, the paper's reading: every network's own singular directions, chosen by how sensitive the update's are.
 
 With K the selected directions, w their weights and W~ = sum_{i in K} sqrt(w_i) sigma_i u_i v_i^T over the matrix's
-*own* singular triplets, a pair's loss is || W~_s - W~_t ||_F^2 (docs/method.md, "Every step"). For a tall student A
-with A^T A = V diag(sigma^2) V^T, p = sqrt(w), P = V diag(p) V^T and R = A P - T~, where T~ = W~_t stays the same
-between two choices, the exact gradient is
+*own* singular triplets, a pair's loss is || W~_s - W~_t ||_F^2 (docs/method.md, "The loss, in every step"). For a tall
+student A with A^T A = V diag(sigma^2) V^T, p = sqrt(w), P = V diag(p) V^T and R = A P - T~, where T~ = W~_t stays the
+same between two choices, the exact gradient is
 
     D = 2 R P + 2 A V S V^T,   S = F o (B + B^T),   B = V^T A^T R V,
     F_ij = (p_i - p_j) / (sigma_i^2 - sigma_j^2),  F_ii = 0.
@@ -162,7 +162,7 @@ def _fixed(teacher_mn: Tensor, V_nn: Tensor, weights_n: Tensor, count: int) -> S
 
     Args:
         teacher_mn, V_nn: tall teachers (rows, m, n) and their right singular vectors, falling.
-        weights_n: (rows, n), falling, at most `count` of them above 0.
+        weights_n: (rows, n), in the order of falling singular values, at most `count` of them above 0.
 
     Returns:
         V; root, p (rows, n or k); steps, p_i - p_j (rows, n, n or k); T~ as low_rank (rows, m, n) or, where k = `count`

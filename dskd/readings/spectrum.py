@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..matrices import check_driver, columns, right_singular, tall
-from ..sensitivity import Score, check_rank, selected_count, sensitivity, uniform_weights
+from ..sensitivity import Score, check_rank, check_score, selected_count, sensitivity, uniform_weights
 from .own import Own
 from .reading import Reading, State, check_span
 
@@ -38,7 +38,7 @@ class Spectrum(Reading):
         span: see `Reading`.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError, TypeError: a setting out of range.
     """
 
     rank: int = 32
@@ -51,6 +51,7 @@ class Spectrum(Reading):
     def __post_init__(self) -> None:
         check_rank(self.rank)
         check_driver(self.driver)
+        check_score(self.score)
         check_span(self.span)
 
     def start(self, student_mn: Tensor) -> State:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from dskd import DirectionSensitivityLoss, Own
+from dskd.attach import add_gradient
 
 SHAPES = {"square": (6, 6), "wide": (4, 7), "tall": (7, 4)}
 TOTAL = 20
@@ -105,6 +106,7 @@ def told(dskd: DirectionSensitivityLoss) -> list[tuple[float, set[str]]]:
     return seen
 
 
+@pytest.mark.filterwarnings("ignore:DSKD. the training takes more")
 def test_progress_is_the_share_of_the_planned_steps_and_ends_at_one():
     loop = Loop()
     loop.dskd.attach(loop.optimizer, 5)
@@ -681,3 +683,53 @@ def test_the_readme_loop_lowers_the_loss():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("weight", [None, 0.1], ids=["term", "added"])
+def test_a_weight_that_is_frozen_later_stays(weight):
+    loop = Loop()
+    loop.dskd.attach(loop.optimizer, TOTAL, weight)
+    loop.train(4, share=0.0 if weight else 0.1)
+    frozen = loop.students["wide"].requires_grad_(False)
+    before, directions = frozen.clone(), loop.dskd.direction_weights()["wide"].clone()
+    loop.train(4, share=0.0 if weight else 0.1)
+    assert torch.equal(frozen, before)
+    assert loop.dskd.choices == 2
+    assert torch.equal(loop.dskd.direction_weights()["wide"], directions)
+
+
+def test_gradients_of_frozen_weights_alone_are_not_added():
+    W = nn.Parameter(draw(3, 3, seed=0), requires_grad=False)
+    add_gradient([(W, torch.ones(3, 3))], 0.1)
+    assert W.grad is None
+
+
+def test_an_optimizer_that_is_given_twice_counts_once():
+    once, twice = Loop(), Loop()
+    once.dskd.attach(once.optimizer, TOTAL, 0.1)
+    twice.dskd.attach([twice.optimizer, twice.optimizer], TOTAL, 0.1)
+    for loop in (once, twice):
+        loop.train(6, share=0.0)
+    assert twice.dskd.steps == 6
+    assert all(torch.equal(once.students[name], twice.students[name]) for name in SHAPES)
+
+
+def test_a_former_attachment_does_not_end_the_present_one():
+    loop = Loop()
+    former = loop.dskd.attach(loop.optimizer, TOTAL)
+    former.detach()
+    present = loop.dskd.attach(loop.optimizer, TOTAL)
+    former.detach()
+    assert loop.dskd.attachment is present
+
+
+def test_a_loss_that_follows_an_optimizer_refuses_observe():
+    loop = Loop()
+    attachment = loop.dskd.attach(loop.optimizer, TOTAL)
+    loop.backward()
+    with pytest.raises(RuntimeError, match="follows an optimizer already"), loop.dskd.observe(0.5):
+        loop.optimizer.step()
+    assert loop.dskd.steps == 0
+    attachment.detach()
+    loop.train_observed(1)
+    assert loop.dskd.steps == 1

@@ -6,7 +6,7 @@ from losses import loss_of, move
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from dskd import DirectionSensitivityLoss, groups
+from dskd import Curvature, DirectionSensitivityLoss, groups
 from dskd.groups import check_pairs, group_by_shape
 
 
@@ -148,3 +148,73 @@ def test_the_parts_of_a_refresh_do_not_change_it(basis, rank, monkeypatch):
             move(dskd, students, 0.01)
         results.append((dskd().detach(), [W.grad for W in students], list(dskd.direction_weights().values())))
     assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+# What has no values that could be compared
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("unfit", "kind", "why"),
+    [
+        (lambda: nn.Linear(3, 0).weight, ValueError, "weight (0, 3) is empty"),
+        (lambda: nn.LazyLinear(3).weight, ValueError, "weight is lazy and without a shape"),
+        (lambda: torch.ones(3, 3, dtype=torch.int8), TypeError, "weight is of torch.int8"),
+        (lambda: torch.ones(3, 3, dtype=torch.complex64), TypeError, "weight is of torch.complex64"),
+    ],
+    ids=["empty", "lazy", "quantised", "complex"],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:Initializing zero-element")
+def test_a_weight_without_numbers_to_compare_is_refused(role, unfit, kind, why):
+    pair = ("a", unfit(), weight(3, 3)) if role == "student" else ("a", weight(3, 3), unfit())
+    assert refusal(pair, kind=kind).startswith(f"pair a: the {role}'s {why}")
+
+
+@pytest.mark.parametrize("alias", [lambda W: W, lambda W: W.detach(), lambda W: W.data.view(2, 6)])
+def test_a_teacher_in_the_students_memory_is_refused(alias):
+    W = weight(2, 6)
+    assert refusal(("a", W, alias(W))).startswith("pair a: the teacher's weight is the student's own")
+
+
+def test_parts_of_one_memory_may_pair():
+    whole = torch.ones(4, 6)
+    check_pairs([("a", nn.Parameter(whole[:2]), whole[2:])])
+
+
+def test_pairs_may_come_from_an_iterator():
+    students, teachers = [weight(3, 2), weight(3, 2)], [torch.zeros(3, 2), torch.zeros(3, 2)]
+    dskd = DirectionSensitivityLoss(zip("ab", students, teachers, strict=True), Curvature())
+    assert dskd.names == ["a", "b"]
+    assert dskd().item() == 3.0
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("driver", ["gram", "svd"])
+def test_a_matrix_that_is_not_finite_is_named(role, driver):
+    dskd, students = loss_of([(5, 4), (5, 4)], driver=driver)
+    with torch.no_grad():
+        (students if role == "student" else dskd.teachers)[1][0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match=f"pair 1: the {role}'s weight is not finite"):
+        dskd()
+
+
+@pytest.mark.parametrize("basis", ["own", "update", "curvature"])
+@pytest.mark.parametrize("choices", [0, 1, 2])
+def test_a_teacher_that_changes_in_place_is_read_anew(basis, choices):
+    dskd, students = loss_of([(5, 4), (5, 4)], basis=basis, svd_steps=1)
+    for _ in range(choices):
+        move(dskd, students, 0.1)
+    dskd()
+    with torch.no_grad():
+        dskd.teachers[1].lerp_(students[1], 0.5)
+    if choices:
+        move(dskd, students, 0.1)
+    dskd.held = None
+    fresh, _ = loss_of([(5, 4), (5, 4)], basis=basis, svd_steps=1)
+    fresh.students, fresh.teachers, fresh.pairs = dskd.students, dskd.teachers, dskd.pairs
+    fresh.load_state_dict(dskd.state_dict())
+    assert_close(dskd(), fresh(), rtol=1e-12, atol=0)
+
+
+def test_a_teacher_made_in_inference_is_fine():
+    with torch.inference_mode():
+        teacher = torch.zeros(3, 2)
+    assert DirectionSensitivityLoss([("a", weight(3, 2), teacher)], Curvature())().item() == 3.0

@@ -175,6 +175,18 @@ def test_the_loss_is_logged():
     assert trainer.callback_metrics["dskd_loss"].item() == pytest.approx(values[-1], rel=1e-4)
 
 
+def test_a_checkpoint_that_was_validated_is_not_resumed(tmp_path):
+    module = module_of(lightning)
+    module.validation_step = lambda batch, batch_idx: None
+    fit(module, [DskdCallback(make_loss(module.student), WEIGHT), ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    loss = make_loss(module.student)
+    trainer = lightning.Trainer(callbacks=[DskdCallback(loss, WEIGHT)], **QUIET)
+    data = DataLoader(batches(1), batch_size=None, shuffle=False)
+    trainer.validate(module, data, ckpt_path=tmp_path / f"epoch=0-step={STEPS}.ckpt", verbose=False)
+    trainer.fit(module, data)
+    assert loss.steps == STEPS
+
+
 def test_a_resumed_training_continues_bit_for_bit(tmp_path):
     """From Lightning's own checkpoint after the first of two epochs, with a gradient that is held over it."""
     keeper = ModelCheckpoint(tmp_path, save_top_k=-1, save_on_train_epoch_end=True)

@@ -206,6 +206,11 @@ def test_a_setting_out_of_range_is_refused(settings):
         Spectrum(**settings)
 
 
+def test_a_score_that_is_no_function_is_refused():
+    with pytest.raises(TypeError, match="score must be a function"):
+        Spectrum(score="magnitude")
+
+
 def test_networks_of_unequal_width_train_with_it():
     torch.manual_seed(0)
     student = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))

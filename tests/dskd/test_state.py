@@ -1,6 +1,8 @@
 """A resumed run continues bit for bit, and states of other losses are refused."""
 
 import io
+import pickle
+from copy import deepcopy
 
 import pytest
 import torch
@@ -183,3 +185,32 @@ def test_choices_are_counted_and_saved():
     again, _ = loss_of([(6, 6)], svd_steps=3)
     again.load_state_dict(dskd.state_dict())
     assert dskd.choices == again.choices == 2
+
+
+def test_a_state_whose_pairs_were_grouped_otherwise_is_refused():
+    saved, _ = loss_of([(5, 4), (5, 4)])
+    saved()
+    other, students = loss_of([(5, 4), (5, 4)])
+    students[1].data = students[1].data.float()
+    other = type(other)(other.pairs, other.reading)
+    other()
+    before = dict(other.groups[0].chosen)
+    with pytest.raises(ValueError, match="groups the layer pairs otherwise"):
+        other.load_state_dict(saved.state_dict())
+    assert other.groups[0].chosen == before
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_a_copy_follows_no_optimizer_and_can_be_attached(copied):
+    dskd, students = loss_of([(5, 4)], svd_steps=2)
+    move(dskd, students, 0.1)
+    attachment = dskd.attach(torch.optim.SGD(students, lr=0.1), 10)
+    other = copied(dskd)
+    assert dskd.attachment is attachment
+    assert other.attachment is None
+    assert torch.equal(other(), dskd())
+    optimizer = torch.optim.SGD(other.students, lr=0.1)
+    other.attach(optimizer, 10)
+    other().backward()
+    optimizer.step()
+    assert (other.steps, other.choices, dskd.steps) == (2, 1, 1)

@@ -139,6 +139,16 @@ def test_a_training_that_reaches_it_is_not(heard):
     assert heard() == []
 
 
+@pytest.mark.parametrize(("taken", "told"), [(5, 0), (7, 1)])
+def test_a_training_longer_than_planned_is_told_of_once(heard, taken, told):
+    W, dskd = make(svd_steps=2)
+    optimizer = torch.optim.SGD([W], lr=0.1)
+    dskd.attach(optimizer, 5, weight=0.1)
+    for _ in range(taken):
+        optimizer.step()
+    assert heard() == ["the training takes more than the 5 steps planned (total_steps)"] * told
+
+
 # The words themselves
 def test_a_text_is_said_once_and_another_one_besides(heard):
     watch = Watch()
