@@ -56,7 +56,8 @@ def check_same(program: Program, folder: Path) -> None:
 
 def interrupted(signums: Sequence[int], program: Program, folder: Path, draw: random.Random) -> int:
     """A run that signals end at random moments, and that is started again until it ends by itself."""
-    for turn in itertools.count():
+    turn = 0  # so many times it was ended before it was done
+    while True:
         pid, signum = program.start(folder, *([program.again(folder)] if turn else [])), draw.choice(signums)
         if turn < _OFTEN:
             begun = 0.0 if signum == signal.SIGKILL else 0.2  # before that there is no handler of signals
@@ -65,10 +66,10 @@ def interrupted(signums: Sequence[int], program: Program, folder: Path, draw: ra
         run = program.ended(pid)
         if run.code == 0:
             check_same(program, folder)
-            return max(turn, 1)
+            return turn
         check(turn < _OFTEN and run.code in (-signal.SIGKILL, 128 + signum), "ended with", run)
         check("Traceback" not in run.said, run)
-    return 0
+        turn += 1
 
 
 def replaced(program: Program, folder: Path, draw: random.Random) -> int:
