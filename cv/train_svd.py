@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.run.errors import Parser, UserError, run_cli
-from cv.processes import said_once
+from common.run.processes import resumes_after_restart, said_once
 
 
 def main() -> None:
@@ -28,9 +28,11 @@ def main() -> None:
 
     repair_torchvision()
     from cv.config import load_config
-    from cv.trainer import train
+    from cv.trainer import output_folder, train
 
-    train(load_config(args.cfg, args.overrides), resume=args.resume, overwrite=args.overwrite)
+    cfg = load_config(args.cfg, args.overrides)
+    resume = args.resume or (not args.overwrite and resumes_after_restart(output_folder(cfg)))
+    train(cfg, resume=resume, overwrite=args.overwrite)
 
 
 if __name__ == "__main__":

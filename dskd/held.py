@@ -76,5 +76,5 @@ def check_intervals(svd_steps: int, grad_steps: int, drift: float) -> None:
     for name, value in (("svd_steps", svd_steps), ("grad_steps", grad_steps)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    if not 0.0 <= drift < float("inf"):
-        raise ValueError(f"drift must be 0 or a positive number, got {drift}")
+    if isinstance(drift, bool) or not isinstance(drift, int | float) or not 0.0 <= drift < float("inf"):
+        raise ValueError(f"drift must be 0 or a positive number, got {drift!r}")

@@ -1,6 +1,7 @@
 """Set-up that every test shares: the torchvision repair, one thread a worker, where real data may lie."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,11 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data: set DSKD_DATA to a folder with glue/ and cifar100/")
     return folder
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A port of the loopback that nothing listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

@@ -37,6 +37,7 @@ def _one_line(message: Warning | str, category: type[Warning], *where) -> str:
 
 
 _formatwarning = warnings.formatwarning
+_LONGEST = 2000  # characters of an error that are shown: a damaged file can have a header of megabytes
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -76,5 +77,6 @@ def run_cli(main: Callable[[], None]) -> None:
 
 
 def _refuse(message: str):
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    print(f"error: {line[:_LONGEST]}{' ...' * (len(line) > _LONGEST)}", file=sys.stderr)
     sys.exit(2)

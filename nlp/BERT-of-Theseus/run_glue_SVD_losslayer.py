@@ -7,10 +7,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bert_of_theseus.arguments import parse_arguments
 from common.run.errors import run_cli
+from common.run.processes import resumes_after_restart, said_once
 
 
 def main() -> None:
     args = parse_arguments(sys.argv[1:])
+    if args.do_train and not args.overwrite_output_dir:
+        args.resume = args.resume or resumes_after_restart(Path(args.output_dir))
     from common.torchvision_repair import repair_torchvision
 
     repair_torchvision()
@@ -20,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(said_once(main))

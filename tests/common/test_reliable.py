@@ -188,6 +188,15 @@ def test_a_full_disk_that_torch_tells_in_its_own_words_has_the_place(tmp_path):
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "state.pt"))
 
 
+def test_an_error_that_quotes_megabytes_is_cut(capsys):
+    def main():
+        raise UserError("no column 'label'; its header is " + "x" * 10**6)
+
+    with pytest.raises(SystemExit):
+        run_cli(main)
+    assert len(capsys.readouterr().err) < 2100
+
+
 def test_another_error_keeps_its_traceback():
     with pytest.raises(ValueError, match="own words"):
         run_cli(lambda: full(RuntimeError("something else")))

@@ -6,6 +6,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import launched
 import pytest
 import torch
 from cv_fixtures import SHORT_RUN, read_run, same_tensors, save_teacher
@@ -160,12 +161,14 @@ def test_a_batch_size_that_the_processes_cannot_share_is_refused(processes):
 # The statistics of all processes together
 
 
-def launch(words: list[str], count: int = 2) -> subprocess.CompletedProcess:
+def words_of(settings: str | list[str]) -> list[str]:
+    more = settings.split() if isinstance(settings, str) else settings
+    return ["--cfg", "configs/demo/base.yaml", *SHORT_RUN.split(), *more]
+
+
+def launch(settings: list[str], count: int = 2) -> subprocess.CompletedProcess:
     """The command line in several processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command += [str(ROOT / "cv" / "train_svd.py"), "--cfg", "configs/demo/base.yaml", *SHORT_RUN.split(), *words]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return launched.launch(launched.VISION, words_of(settings), f"--nproc_per_node={count}")
 
 
 @pytest.mark.parametrize("method", ["kd", "fitnet"])
@@ -196,7 +199,7 @@ def test_a_users_error_is_said_once(tmp_path):
 
 
 def test_an_error_that_one_process_has_is_said(monkeypatch):
-    from cv.processes import _first_to_say
+    from common.run.processes import _first_to_say
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
@@ -229,3 +232,25 @@ def test_a_signal_stops_both_processes_at_one_step_and_is_said_once(tmp_path):
     done = launch(more.split())
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line["step"] for line in read_run(tmp_path).steps] == list(range(1, 4 * (step // 4 + 1) + 1))
+
+
+def test_a_process_that_is_killed_is_started_again_and_resumed_to_the_same_bits(tmp_path):
+    settings = f"DISTILLER.TEACHER_CKPT {save_teacher(tmp_path / 'teacher')} SOLVER.EPOCHS 3 DSKD.ENABLED true "
+    settings += "DSKD.SVD_STEPS 3 DSKD.GRAD_STEPS 2 OUTPUT_DIR "
+    words = words_of(settings + str(tmp_path / "killed"))
+    killed = launched.launch_killed(launched.VISION, words, 7, tmp_path / "process.py")
+    assert killed.returncode == 0, killed.stderr[-2000:]
+    assert killed.stdout.count(f"started again by torchrun, the run in {tmp_path / 'killed'} is resumed") == 1
+    whole = launch([*settings.split(), str(tmp_path / "whole")])
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    ours, theirs = read_run(tmp_path / "killed"), read_run(tmp_path / "whole")
+    assert same_tensors(ours.weights, theirs.weights)
+    assert [line["step"] for line in ours.steps] == list(range(1, 13))
+
+
+def test_two_agents_on_the_loopback_train_one_student(tmp_path, unused_port):
+    words = words_of(f"DISTILLER.TYPE vanilla OUTPUT_DIR {tmp_path / 'run'}")
+    agents = launched.launch_two_agents(launched.VISION, words, unused_port)
+    assert [code for code, _, _ in agents] == [0, 0], agents[0][2][-2000:]
+    assert sum(printed.count("top-1 last") for _, printed, _ in agents) == 1
+    assert [line["step"] for line in read_run(tmp_path / "run").steps] == [1, 2, 3, 4]

@@ -17,7 +17,7 @@ from runs import BASES, Run, every_basis, every_singular_basis, first_weights, o
 from torch import nn
 from torch.testing import assert_close
 
-from dskd import DirectionSensitivityLoss
+from dskd import DirectionSensitivityLoss, Own, Spectrum, Update
 from dskd.matrices import DRIVERS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "svd_loss.json"
@@ -193,10 +193,25 @@ def test_a_weight_that_is_a_slice_gives_the_same_loss():
 
 # Bad settings
 @pytest.mark.parametrize("name", ["svd_steps", "grad_steps"])
-@pytest.mark.parametrize("value", [0, -1, 2.0, True, "5", None])
+@pytest.mark.parametrize("value", [0, -1, 1.5, 2.0, float("nan"), float("inf"), True, "5", None])
 def test_an_interval_that_is_no_number_of_steps_is_refused(name, value):
     with pytest.raises(ValueError, match=rf"{name} must be a whole number of at least 1, got {value!r}"):
         DirectionSensitivityLoss([("layer", nn.Parameter(torch.ones(3, 2)), torch.zeros(3, 2))], **{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), True, "0.1", None])
+def test_a_drift_that_is_no_share_is_refused(value):
+    with pytest.raises(ValueError, match=rf"drift must be 0 or a positive number, got {value!r}"):
+        DirectionSensitivityLoss([("layer", nn.Parameter(torch.ones(3, 2)), torch.zeros(3, 2))], drift=value)
+
+
+@pytest.mark.parametrize("reading", [Own, Update, Spectrum])
+@pytest.mark.parametrize("value", [-1, 1.5, float("nan"), float("inf"), True, "3"])
+def test_a_rank_that_is_no_number_of_directions_is_refused(reading, value):
+    with pytest.raises(
+        ValueError, match=rf"rank must be 0 \(all directions\) or a positive whole number, got {value!r}"
+    ):
+        reading(rank=value)
 
 
 # Golden values

@@ -203,6 +203,7 @@ def test_resuming_drops_choices_behind_the_checkpoint_and_writes_those_to_come(v
 def test_a_run_without_dskd_has_no_record_of_directions_even_in_a_folder_that_had_one(tmp_path, vision):
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "directions.jsonl").touch()
+    shutil.copy(vision / "run" / "config.json", tmp_path)
     train(short_config(tmp_path, vision / "teacher"), overwrite=True)
     assert not (tmp_path / "directions.jsonl").exists()
 
@@ -254,7 +255,7 @@ def test_the_report_of_a_real_vision_run_has_both_spectra_of_every_pair(vision, 
 def test_the_report_of_a_vision_run_has_the_score_of_its_teacher_on_the_same_images(vision, monkeypatch):
     row = '<th scope="row">teacher</th><td>10.00 %</td>'  # as the teacher's model.json says
     assert row in page_of(monkeypatch, vision / "run")
-    monkeypatch.setattr("scripts.lib.report.networks.read_object", lambda path: {"accuracy": 10.0, "held_out": 9})
+    monkeypatch.setattr("scripts.lib.report.networks.read_json", lambda path: {"accuracy": 10.0, "held_out": 9})
     assert row not in page_of(monkeypatch, vision / "run")
 
 
@@ -575,7 +576,64 @@ def test_a_broken_line_is_named(tmp_path, monkeypatch, name, line):
     path = text_run(tmp_path) / name
     kept = path.read_text()
     path.write_text(f"{line}\n{kept}")
-    assert f"{path}, line 1: " in refused(monkeypatch, tmp_path)
+    assert f"{path}, line 1" in refused(monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.jsonl", "directions.jsonl"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff\n", b"[" * 100_000, b"[]\n", b"3\n", b'{"step": 1' + b"0" * 400 + b"}\n", b'{"step": NaN}\n'],
+)
+def test_a_damaged_file_is_one_line_with_its_name(tmp_path, monkeypatch, name, content):
+    path = text_run(tmp_path) / name
+    path.write_bytes(content)
+    if content or name.endswith(".json"):
+        assert str(path) in refused(monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("section", ["DATASET", "DISTILLER", "DSKD", "SOLVER"])
+@pytest.mark.parametrize("value", [3, "text", [1], None])
+def test_a_group_of_settings_of_another_type_is_named(tmp_path, monkeypatch, section, value):
+    path = vision_run(tmp_path) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), section: value}))
+    assert f"{path}: {section} is {value!r}, a group of settings is expected" in refused(monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"weight": [1e300, 1.0, 1.0]}, {"weight": [10**40, 1, 1]}, {"index": [0, 1, 10**30]}]
+)
+def test_a_size_that_no_run_has_is_named(tmp_path, monkeypatch, change):
+    line = choice_line(10, "p")
+    line["weights"]["p"] = {**line["weights"]["p"], **change}
+    write_lines(text_run(tmp_path) / "directions.jsonl", [line])
+    assert "directions.jsonl, line 1" in refused(monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("value", [3, "text", [1], {"a": 1}, None, True])
+def test_settings_and_results_of_another_type_have_a_page(tmp_path, monkeypatch, value):
+    folder = vision_run(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["DSKD"] = {name: value for name in ("BASIS", "LAYERS", "PAIRS")} | {"ENABLED": True}
+    config["DISTILLER"] |= {"TEACHER": value, "TEACHER_CKPT": value}
+    (folder / "config.json").write_text(json.dumps({**config, "DATASET": {"NAME": value, "HELD_OUT": value}}))
+    (folder / "result.json").write_text(json.dumps(dict.fromkeys((*FINISHED, "peak_memory_bytes", "steps"), value)))
+    save_teacher(folder / "student", "resnet8")
+    assert "</html>" in page_of(monkeypatch, folder)
+
+
+@pytest.mark.parametrize("place", ["student", "predecessor"])
+def test_code_that_comes_with_a_model_never_runs(tmp_path, monkeypatch, tiny, place):  # noqa: F811
+    folder = text_run(tmp_path / "run", model_name_or_path=str(tmp_path / "predecessor"))
+    for path in (folder / "student", tmp_path / "predecessor"):
+        shutil.copytree(tiny.model, path)
+    model = folder / "student" if place == "student" else tmp_path / "predecessor"
+    (model / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "other", "auto_map": {"AutoConfig": "code.C", "AutoModel": "code.M"}}
+    (model / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert "Left out: " in page_of(monkeypatch, folder)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -596,13 +654,13 @@ def test_a_broken_line_is_named(tmp_path, monkeypatch, name, line):
 def test_a_choice_that_makes_no_sense_is_named(tmp_path, monkeypatch, pair):
     path = text_run(tmp_path) / "directions.jsonl"
     write_lines(path, [{"step": 1, "weights": {"p": pair}, "distance": {"p": 1.0}}])
-    assert f"{path}, line 1: " in refused(monkeypatch, tmp_path)
+    assert f"{path}, line 1" in refused(monkeypatch, tmp_path)
 
 
 def test_a_finished_run_with_a_torn_last_line_is_broken(tmp_path, monkeypatch):
     with (text_run(tmp_path) / "metrics.jsonl").open("a") as file:
         file.write('{"step": 30, "lo')
-    assert "metrics.jsonl, line 5: " in refused(monkeypatch, tmp_path)
+    assert "metrics.jsonl, line 5 is not valid JSON" in refused(monkeypatch, tmp_path)
 
 
 def test_several_runs_need_a_place_for_the_page(tmp_path, monkeypatch):

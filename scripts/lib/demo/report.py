@@ -28,8 +28,8 @@ def text_latency(folder: Path, texts: list[str]) -> float:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     turns = itertools.cycle(texts)
     with torch.inference_mode():
         return _median_ms(lambda: model(**tokenizer(next(turns), return_tensors="pt")))

@@ -1,6 +1,5 @@
 """What a run left in its output folder, checked and in one form for both pipelines."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.run.errors import UserError
+from common.run.reading import parse_json, read_json, read_text
 
+_SECTIONS = ("DATASET", "DISTILLER", "SOLVER", "DSKD", "LOG")  # of the vision pipeline's configuration
+_LARGEST = 1e30  # of a weight or a distance; squares of it are still finite
 _TIMINGS = ("_runtime", "_per_second", "_time", "_loss")  # of an evaluation; all else in it is a metric
 
 
@@ -140,20 +142,17 @@ def load_run(folder: Path) -> Run:
                 "has one as soon as training has started"
             )
     result, directions = folder / "result.json", folder / "directions.jsonl"
-    try:
-        config = read_object(folder / "config.json")
-        ended = read_object(result) if result.exists() else None
-        metrics = _lines(folder / "metrics.jsonl", running=ended is None)
-        chosen = _lines(directions, running=ended is None) if directions.exists() else {}
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    config = read_json(folder / "config.json")
+    for name in _SECTIONS:
+        if not isinstance(config.get(name, {}), dict):
+            raise UserError(
+                f"{folder / 'config.json'}: {name} is {config[name]!r:.60}, a group of settings is expected"
+            )
+    ended = read_json(result) if result.exists() else None
+    metrics = _lines(folder / "metrics.jsonl", running=ended is None)
+    chosen = _lines(directions, running=ended is None) if directions.exists() else {}
     choices = [_choice(line, where) for where, line in chosen.items()]
     return Run(folder, config, ended, list(metrics.values()), choices)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; `UserError` if it is something else."""
-    return _object(path.read_bytes(), str(path))
 
 
 def metric_name(key: str) -> str:
@@ -173,23 +172,13 @@ def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _object(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:  # or not UTF-8
-        raise UserError(f"{where}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: a JSON object is expected")
-    return value
-
-
 def _lines(path: Path, running: bool) -> dict[str, dict[str, Any]]:
     """Where a line is -> what it says; the last one of a running job may be half-written, and is left out then."""
-    *lines, torn = path.read_bytes().split(b"\n")
+    *lines, torn = read_text(path).split("\n")
     parsed = {}
     for number, line in enumerate(lines + [torn] * bool(torn and not running), start=1):
         where = f"{path}, line {number}"
-        parsed[where] = _object(line, where)
+        parsed[where] = parse_json(line, where)
         if not is_number(parsed[where].get("step")):
             raise UserError(f'{where}: a JSON object with a number "step" is expected')
     return parsed
@@ -199,7 +188,9 @@ def _choice(line: dict[str, Any], where: str) -> Choice:
     try:
         weights = {name: _selected(pair) for name, pair in line["weights"].items()}
         if weights:
-            return Choice(line["step"], weights, {name: float(line["distance"][name]) for name in weights})
+            distance = {name: float(line["distance"][name]) for name in weights}
+            if all(0 <= value <= _LARGEST for value in distance.values()):
+                return Choice(line["step"], weights, distance)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         pass
     raise UserError(
@@ -210,6 +201,12 @@ def _choice(line: dict[str, Any], where: str) -> Choice:
 def _selected(pair: dict[str, Any]) -> Selected:
     index, weight, sigma = (np.array(pair[key], int if key == "index" else float) for key in Selected._fields)
     alike = index.ndim == 1 and index.size and index.shape == weight.shape == sigma.shape
-    if not (alike and index.min() >= 0 and weight.min() > 0 and sigma.min() >= 0 and sigma.max() <= 1):
+    if not (
+        alike
+        and index.min() >= 0
+        and 0 < weight.min() <= weight.max() <= _LARGEST
+        and sigma.min() >= 0
+        and sigma.max() <= 1
+    ):
         raise ValueError("these are no directions")
     return Selected(index, weight, sigma)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from common.run.errors import UserError
-from scripts.lib.report.load import Run, read_object
+from common.run.reading import read_json, reading
+from scripts.lib.report.load import Run
 
 Pairs = list[tuple[str, Tensor, Tensor]]
 
@@ -23,7 +24,8 @@ def weight_pairs(run: Run) -> Pairs:
     Raises:
         UserError: the teacher is not on this machine or another one, or a network cannot be read or does not pair up.
     """
-    return _of_images(run) if run.vision else _of_text(run)
+    with reading(run.folder, "a run whose networks can be compared"):
+        return _of_images(run) if run.vision else _of_text(run)
 
 
 def teacher_score(run: Run) -> float | None:
@@ -31,8 +33,9 @@ def teacher_score(run: Run) -> float | None:
     if not (run.vision and has_networks(run)):
         return None
     try:
-        info = read_object(_teacher_of_images(run) / "model.json")
-    except (OSError, UserError):
+        with reading(run.folder, "a run whose teacher is known"):
+            info = read_json(_teacher_of_images(run) / "model.json")
+    except UserError:
         return None
     return info.get("accuracy") if info.get("held_out", 0) == run.settings.get("DATASET.HELD_OUT", 0) else None
 
@@ -83,7 +86,7 @@ def _encoder(folder: Path) -> nn.Module:
     logging.set_verbosity_error()  # of the head that is left out
     logging.disable_progress_bar()
     try:
-        return AutoModel.from_pretrained(folder, local_files_only=True)
+        return AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{folder} cannot be read as a transformers model: {reason}") from None
