@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from common.run.errors import UserError
+from common.run.reading import read_json
 from cv.data import DataSets
-from cv.export import load_model
 from cv.models import is_library
 
 _LARGEST_SIDE = 64  # pixels, of the networks of cv/models
@@ -46,11 +45,8 @@ def warnings_before(cfg: CfgNode, data: DataSets) -> list[str]:
 
 
 def recorded_accuracy(folder: Path) -> float | None:
-    """Top-1 of a saved network, as its file says."""
-    try:
-        return load_model(folder)[1].get("accuracy")
-    except UserError:
-        return None
+    """Top-1 of a saved network, as its model.json says."""
+    return read_json(folder / "model.json" if folder.is_dir() else folder).get("accuracy")
 
 
 def baseline(data: DataSets) -> tuple[str, float]:
