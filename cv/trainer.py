@@ -32,6 +32,7 @@ from cv.export import check_onnx_packages, export_onnx, load_model, save_model
 from cv.methods import METHODS, Distiller, build_distiller
 from cv.models import build_model
 from cv.output import CHECKPOINT, WRITTEN, RunFolder
+from cv.reporting import baseline, cost, next_steps, recorded_accuracy, summary, warnings_before
 from cv.sync_bn import synchronise
 from cv.teachers import find_teacher, load_student, load_teacher
 from dskd.groups import Pairs
@@ -163,6 +164,7 @@ class _Run:
     ):
         self.cfg, self.output, self.folder, self.accelerator, self.data = cfg, output, output.path, accelerator, data
         self.distiller, self.pairs, self.teacher_sha256 = distiller, pairs, teacher_sha256
+        self.teacher_accuracy = recorded_accuracy(find_teacher(cfg)) if teacher_sha256 else None
         solver = cfg.SOLVER
         self.dskd = build_dskd(pairs, cfg.DSKD, solver.SEED) if cfg.DSKD.ENABLED else None
         common = {
@@ -225,7 +227,7 @@ class _Run:
                     scores = evaluate(self.distiller.student, self.test_loader)
                     progress.history.append({"epoch": epoch, **scores})
                     self._log(epoch=epoch, **{f"test_{name}": value for name, value in scores.items()})
-                    bar.set_postfix_str(f"epoch {epoch}, top-1 {scores['top1']:.2f}")
+                    bar.set_postfix_str(f"epoch {epoch}{self._reached()}")
                     if progress.best["epoch"] == epoch:
                         self._export("student_best", progress.best)
                     progress.epoch = epoch
@@ -268,9 +270,14 @@ class _Run:
                 values |= {"train_top1": 100 * correct.item() / len(labels), "learning_rate": rate}
                 values |= {"images_per_second": images_done / seconds}
                 self._log(**values, **concentration)
+                bar.set_postfix_str(f"epoch {epoch}, loss {values['loss']:.3f}{self._reached()}", refresh=False)
             progress.seconds = before + time.perf_counter() - start
             if progress.step < last_step and (self.accelerator.num_processes == 1 or progress.step % _AGREE_STEPS == 0):
                 self._stop_if_asked(request, saved=False)
+
+    def _reached(self) -> str:
+        """The last evaluation, for the progress bar."""
+        return f", top-1 {self.progress.history[-1]['top1']:.2f}" if self.progress.history else ""
 
     def _stop_if_asked(self, request: Request, *, saved: bool) -> None:
         """End the run where a signal has asked one of the processes to; `saved`: the checkpoint is of this step.
@@ -441,8 +448,18 @@ class _Run:
             student, _ = load_model(self.folder / "student")  # as saved: not compiled
             export_onnx(student, self.folder / "student", tuple(self.data.test.images.shape[1:]))
         print(f"top-1 last {last['top1']:.2f}, best {best['top1']:.2f} (epoch {result['best_epoch']})")
-        print(f"the student: {self.folder / 'student'} (load it with cv.export.load_model)")
+        self._summarise(last["top1"], best["top1"])
         return result
+
+    def _summarise(self, last: float, best: float) -> None:
+        shape = tuple(self.data.test.images.shape[1:])
+        teacher = self.distiller.teacher
+        rows = [("teacher", self.teacher_accuracy, cost(teacher, shape))] if teacher is not None else []
+        rows += [(*baseline(self.data), None), ("student, last", last, cost(self.distiller.student, shape))]
+        print(summary([*rows, ("student, best", best, None)]))
+        if self.dskd is not None and not self.dskd.choices:
+            print("warning: no directions were chosen in the whole run: lower DSKD.SVD_STEPS")
+        print(next_steps(self.folder), flush=True)
 
 
 def _check_teacher_stays(teacher: Path, folder: Path) -> None:
@@ -526,7 +543,5 @@ def _announce(
             f"  {ours} <- {theirs}" + ("" if ours in kept else " (left out: shapes differ)") for ours, theirs in names
         )
         print(f"DSKD, lambda {cfg.DSKD.LAMBDA:g}, {cfg.DSKD.BASIS} directions:\n{rows}", flush=True)
-    if cfg.SOLVER.SCHEDULE == "steps" and (
-        late := [stage for stage in cfg.SOLVER.LR_DECAY_STAGES if stage >= cfg.SOLVER.EPOCHS]
-    ):
-        print(f"note: LR_DECAY_STAGES {late} lie behind the last epoch, {cfg.SOLVER.EPOCHS}", flush=True)
+    for warning in warnings_before(cfg, data):
+        print(f"warning: {warning}", flush=True)

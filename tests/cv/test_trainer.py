@@ -420,7 +420,7 @@ def test_a_step_is_that_of_sgd_with_momentum_and_weight_decay(tmp_path, teacher,
 
 def test_a_late_stage_is_noted(tmp_path, teacher, capsys):
     short_run(tmp_path, teacher, "SOLVER.LR_DECAY_STAGES '[1, 5]'")
-    assert "note: LR_DECAY_STAGES [1, 5] lie behind the last epoch, 1" in capsys.readouterr().out
+    assert "warning: LR_DECAY_STAGES [1, 5] lie behind the last epoch, 1" in capsys.readouterr().out
 
 
 class Table(nn.Module):

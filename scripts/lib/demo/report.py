@@ -1,16 +1,58 @@
-"""The demo's table and plot, from the run records."""
+"""The demo's tables and plot, from the run records."""
 
 import itertools
 import json
 import statistics
 import timeit
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import pandas as pd
 
 from common.run.figures import drawn
 from common.run.files import write_text
+from scripts.lib.demo.runs import Run, shown
+
+_BLUE, _GREY = "#2f6f9f", "#7a8794"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A comparison of the demo.
+
+    Attributes:
+        name: of its file.
+        title: what is compared.
+        teacher: what the teacher is.
+        teachers: its run.
+        students: what each kind of run is, and its runs; the first has no DSKD, the second has.
+        texts: to measure latency with; none for images.
+    """
+
+    name: str
+    title: str
+    teacher: str
+    teachers: list[Run]
+    students: dict[str, list[Run]]
+    texts: list[str] = field(default_factory=list)
+
+    @property
+    def kinds(self) -> dict[str, list[Run]]:
+        """The teacher and the kinds of students that have runs."""
+        return {self.teacher: self.teachers} | {label: runs for label, runs in self.students.items() if runs}
+
+    def values(self, label: str) -> list[float]:
+        """The final metric of a kind, seed by seed."""
+        return [read_result(run.folder)["last"] for run in self.kinds[label]]
+
+    @property
+    def metric(self) -> str:
+        """What is measured, in words."""
+        return f"dev {read_result(self.teachers[0].folder)['metric']}" if self.texts else "test top-1, %"
+
+    @property
+    def digits(self) -> int:
+        """Decimal places of the metric."""
+        return 3 if self.texts else 2
 
 
 def read_result(folder: Path) -> dict:
@@ -47,44 +89,76 @@ def image_latency(folder: Path) -> float:
         return _median_ms(lambda: model(image))
 
 
-def write_table(path: Path, title: str, rows: list[dict[str, str]]) -> str:
-    """Write and return a Markdown table under a title."""
-    columns = list(rows[0])
-    widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
+def write_part(folder: Path, part: Part) -> str:
+    """Write the part's table as Markdown; gives it with the difference that DSKD makes and what to do next."""
+    rows = []
+    for label, runs in part.kinds.items():
+        last, result = runs[-1].folder / "student", read_result(runs[-1].folder)
+        latency = text_latency(last, part.texts) if part.texts else image_latency(last)
+        parameters, size = f"{result['parameters'] / 1e6:.2f} M", f"{size_mb(last):.1f} MB"
+        metric, seeds = _spread(part.values(label), part.digits), str(len(runs))
+        rows.append([label, metric, seeds, parameters, size, f"{latency:.1f} ms"])
+    if part.texts:
+        rows.insert(1, ["majority", f"{read_result(part.teachers[0].folder)['majority']:.{part.digits}f}", *[""] * 4])
+    else:
+        rows.insert(1, ["chance", "10.00", *[""] * 4])
+    table = _table(["run", part.metric, "seeds", "parameters", "size", "latency"], rows)
+    text = f"**{part.title}**\n\n{table}\n"
+    write_text(folder / f"{part.name}.md", text)
+    without, with_dskd, *_ = part.students
+    pairs = zip(part.values(without), part.values(with_dskd), strict=True)
+    differences = [ours - theirs for theirs, ours in pairs]
+    better = sum(difference > 0 for difference in differences)
+    said = f"{with_dskd} minus {without}: {_spread(differences, part.digits, '+')}"
+    said += f", higher in {better} of {len(differences)} seeds"
+    return "\n".join([text, said, *_next_steps(part, part.students[with_dskd][0])]) + "\n"
 
-    def line(cells) -> str:
+
+def _next_steps(part: Part, run: Run) -> list[str]:
+    """What can be done with a run of the part."""
+    student = shown(run.folder / "student")
+    if part.texts:
+        load = f'AutoModelForSequenceClassification.from_pretrained("{student}")'
+        predict = f"{shown(run.command[0])} --model_name_or_path {student} --do_predict (docs/extending.md)"
+    else:
+        load = f'cv.export.load_model("{student}")'
+        predict = f"cv/predict.py {student} IMAGE ..."
+    return [
+        f"report:  python scripts/report.py {shown(run.folder)}", f"load:    {load}", f"predict: python {predict}",
+    ]  # fmt: skip
+
+
+def _spread(values: list[float], digits: int, sign: str = "") -> str:
+    """Mean ± sample standard deviation, which a single run does not have."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.{digits}f}{deviation}"
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
-    body = [line(columns), line(["-" * width for width in widths]), *(line(row.values()) for row in rows)]
-    text = "\n".join([f"**{title}**", "", *body]) + "\n"
-    write_text(path, text)
-    return text
+    return "\n".join([line(columns), line(["-" * width for width in widths]), *map(line, rows)])
 
 
-def plot(folder: Path, panels: list[tuple[str, str, dict[str, list[float]]]], dskd_run: Path) -> None:
-    """Write `demo.png` and `demo.svg`: bars for each pipeline and the DSKD loss over the steps of a run.
-
-    panels: title, axis and label -> values of the seeds, of each pipeline.
-    """
-    log = pd.read_json(dskd_run / "metrics.jsonl", lines=True).dropna(subset="dskd_loss")
-    between = read_result(dskd_run)["dskd"]["svd_steps"]
-    with drawn(folder, "demo", (4.6 * (len(panels) + 1), 3.6)) as figure:
-        *bars, curve = figure.subplots(1, len(panels) + 1)
-        for axis, (title, label, values) in zip(bars, panels, strict=True):
-            colors = ["#2f6f9f" if "DSKD" in name else "#b9c3cf" for name in values]
-            axis.barh(list(values), [statistics.fmean(seeds) for seeds in values.values()], color=colors)
-            for place, seeds in enumerate(values.values()):
-                axis.plot(seeds, [place] * len(seeds), "k.", markersize=5)
-            every = [value for seeds in values.values() for value in seeds]
-            spread = (max(every) - min(every)) or 1.0
-            axis.set_xlim(min(every) - spread, max(every) + 0.15 * spread)  # not from zero: said in the label
-            axis.invert_yaxis()
-            axis.set(title=title, xlabel=f"{label} (axis cut)")
-        # a point is the mean of the steps up to it; losses along other directions are not comparable
-        for _, part in log.groupby((log["step"] - 1) // between):
-            curve.plot(part["step"], part["dskd_loss"], color="#2f6f9f")
-        curve.set(title="DSKD loss (text)", ylabel="mean over layer pairs", ylim=(0, None))
-        curve.set_xlabel("optimizer step (gap: new directions)")
+def plot(folder: Path, parts: list[Part]) -> None:
+    """Write `demo.png` and `demo.svg`: of each part mean and standard deviation of each kind of run, and its seeds."""
+    with drawn(folder, "demo", (4.6 * len(parts), 3.0)) as figure:
+        for axis, part in zip(figure.subplots(1, len(parts)), parts, strict=True):
+            for place, label in enumerate(part.kinds):
+                values, color = part.values(label), _BLUE if "DSKD" in label else _GREY
+                axis.plot(values, [place + 0.22] * len(values), "o", color=color, alpha=0.45, markersize=3)
+                deviation = statistics.stdev(values) if len(values) > 1 else 0
+                axis.errorbar(statistics.fmean(values), place, xerr=deviation, fmt="o", color=color, capsize=3)
+            axis.set_yticks(range(len(part.kinds)), list(part.kinds))
+            axis.set_ylim(len(part.kinds) - 0.4, -0.6)
+            axis.margins(x=0.12)
+            axis.grid(axis="x", alpha=0.3)
+            axis.set_title(part.title.replace(": ", ":\n"), fontsize=8)
+            axis.set_xlabel(f"{part.metric}: mean ± std, small: seeds")
 
 
 def _median_ms(work: Callable[[], object]) -> float:
