@@ -1,9 +1,7 @@
-"""Short runs of both recipes with DSKD, observed by `HeldGradient` or what has its methods."""
+"""Short runs of both recipes with DSKD, observed by `HeldGradient`."""
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import set_seed
 from transformers import PrinterCallback, TrainerCallback
@@ -27,23 +25,14 @@ from cv.dskd import build_dskd, layer_pairs
 from cv.models import build_model
 from cv.teachers import load_teacher
 from dskd import DirectionSensitivityLoss, Own
-from dskd.groups import Pairs
 from scripts.lib.benchmark.loops import RECIPE, OurLoop
 from scripts.study.held_gradient import HeldGradient, Plan
 
 LENGTH = 128  # tokens of an example at most
 
 
-def observe_cv(
-    plan: Plan,
-    cifar100: str,
-    random_teacher: bool,
-    observer: Callable[[Pairs, DirectionSensitivityLoss], Any] | None = None,
-) -> tuple[Any, dict[str, str]]:
-    """ResNet56 -> ResNet20 by KD with DSKD, the recipe of configs/cifar100 in fewer steps; (measurements, case).
-
-    observer: makes what is called around every step, `HeldGradient` by default.
-    """
+def observe_cv(plan: Plan, cifar100: str, random_teacher: bool) -> tuple[HeldGradient, dict[str, str]]:
+    """ResNet56 -> ResNet20 by KD with DSKD, the recipe of configs/cifar100 in fewer steps; (measurements, case)."""
     cfg = load_config(RECIPE, f"DSKD.ENABLED true DSKD.RANK 0 DSKD.SVD_STEPS {plan.svd_steps}".split())
     data, solver = load_dataset("cifar100", cifar100), cfg.SOLVER
     set_seed(solver.SEED)
@@ -53,7 +42,7 @@ def observe_cv(
     pairs = layer_pairs(student, teacher, cfg.DSKD)
     dskd = build_dskd(pairs, cfg.DSKD, solver.SEED)
     dskd.attach(loop.optimizer, plan.steps)
-    held = observer(pairs, dskd) if observer else HeldGradient(pairs, dskd, plan.stages, plan.steps)
+    held = HeldGradient(pairs, dskd, plan.stages, plan.steps)
     for step in range(plan.steps):
         loop.optimizer.param_groups[0]["lr"] = solver.LR * solver.LR_DECAY_RATE ** sum(step >= at for at in plan.decays)
         loop.optimizer.zero_grad()
