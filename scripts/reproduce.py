@@ -19,7 +19,6 @@ from common import ROOT
 from common.run.errors import Parser, UserError, run_cli
 from common.run.files import check_writable
 from scripts.lib.tables.collect import collect, keys, read_rows, recognised, write_rows
-from scripts.lib.tables.curves import draw_curves
 from scripts.lib.tables.forest import write_forest
 from scripts.lib.tables.launch import launch, unfinished
 from scripts.lib.tables.plan import Run, plan, short
@@ -50,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--smoke", action="store_true", help="every run for seconds, all in outputs/reproduce-smoke")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--render-only", action="store_true", help="render what is finished, run nothing")
-    text = "besides table.md: LaTeX, CSV, and plots of the rows and of the table's curves as PNG and SVG"
+    text = "besides table.md: LaTeX, CSV, and a plot of the rows as PNG and SVG"
     parser.add_argument("--formats", nargs="+", choices=("tex", "csv", "plots"), default=[], help=text)
     text = "rows of runs.csv by the same commands and --set values count as finished, even without their folders"
     parser.add_argument("--keep-rows", action="store_true", help=text)
@@ -115,8 +114,7 @@ def main() -> None:
         files = ["runs.csv", "table.md", *(f"table.{kind}" for kind in ("tex", "csv") if kind in args.formats)]
         if "plots" in args.formats:
             plot(table, summary, rows, results)
-            names = ["table", *(f"curve_{name}" for name in draw_curves(table, rows, results))]
-            files += [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+            files += ["table.png", "table.svg"]
         print(f"{len(rows)} runs in {short(results)}: {', '.join(files)}")
     else:
         nothing = "has measured anything" if len(rows) else "has finished"

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import (
@@ -13,10 +13,8 @@ from pydantic import (
     BeforeValidator,
     Field,
     ValidationError,
-    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
-    field_validator,
     model_validator,
 )
 
@@ -53,7 +51,6 @@ Text = Annotated[str, _message("expected a text, got {!r}")]
 Name = Annotated[str, _NAME, _message("{!r} is no name; letters, digits, and . _ - inside, 100 at most")]
 Values = dict[Name, Annotated[str, _message("expected one value, got {!r}")]]
 Arguments = dict[str, Annotated[str | list[str], _message("expected one value or a list of values, got {!r}")]]
-Number = Annotated[float, Field(allow_inf_nan=False), _message("{!r} is no number")]
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False), _message("{!r} is no number above 0")]
 PositiveInteger = Annotated[int, Field(gt=0), _message("{!r} is no whole number above 0")]
 
@@ -118,36 +115,6 @@ class Task(_Part):
     values: Values = {}
 
 
-_COST = _message("expected cost, got {!r}; other values stand in cells, as `cell: value`")
-
-
-class Curve(_Part):
-    """A plot of the last metric of some cells against a setting of theirs or against what they cost.
-
-    Attributes:
-        label: how the x axis is called.
-        x: "cost", or None where `cells` says where each stands.
-        cells: name of a cell -> where it stands on the x axis; None for its measured cost.
-    """
-
-    label: Text
-    x: Annotated[Literal["cost"], _COST] | None = None
-    cells: dict[str, Number | None]
-
-    @field_validator("cells", mode="before")
-    @classmethod
-    def read_cells(cls, value: Any, info: ValidationInfo) -> dict:
-        by_cost = info.data.get("x") == "cost"
-        if not isinstance(value, list if by_cost else dict):
-            form = "a list of cells" if by_cost else "`cell: value` lines (or x: cost and a list of cells)"
-            raise ValueError(f"expected {form}, got {value!r}")
-        return {str(cell): None for cell in value} if by_cost else value
-
-    @property
-    def by_cost(self) -> bool:
-        return self.x == "cost"
-
-
 class Table(_Part):
     """A table file, checked. `tasks` has one nameless task where the file has none."""
 
@@ -163,7 +130,6 @@ class Table(_Part):
     base: Arguments = {}
     tasks: dict[Name, Task] = {"": Task()}
     cells: dict[Name, Cell]
-    curves: dict[Name, Curve] = {}
     family: list[Text] = []  # cells whose comparisons were planned together: their p values are also corrected
     smoke: Arguments = {}
     _path: Path
@@ -218,8 +184,6 @@ class Table(_Part):
             _check_known(f"cells.{name}.published.value", cell.published.value, self.tasks, "task")
             if cell.published.value and not cell.published.source:
                 raise ValueError(f"cells.{name}.published: source is missing")
-        for name, curve in self.curves.items():
-            _check_known(f"curves.{name}.cells", curve.cells, self.cells)
         _check_known("family", self.family, self.cells)
         return self
 
