@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import (
@@ -20,6 +20,7 @@ from pydantic import (
 
 from common import ROOT
 from common.run.errors import UserError
+from common.run.reading import read_text
 from common.run.yaml_files import UniqueKeyLoader
 
 FOLDER = ROOT / "configs" / "tables"
@@ -55,7 +56,7 @@ PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False), _message("{!
 PositiveInteger = Annotated[int, Field(gt=0), _message("{!r} is no whole number above 0")]
 
 
-class _Part(BaseModel, frozen=True):
+class Part(BaseModel, frozen=True):
     """A mapping of the file; its keys are the fields. A key with nothing behind it is like none."""
 
     @model_validator(mode="before")
@@ -70,7 +71,10 @@ class _Part(BaseModel, frozen=True):
         return {key: value for key, value in content.items() if value}
 
 
-class Published(_Part):
+PartOf = TypeVar("PartOf", bound=Part)
+
+
+class Published(Part):
     """Figures from elsewhere, in the table's display units: task name ("" in a table without tasks) -> figure."""
 
     value: Annotated[
@@ -79,7 +83,7 @@ class Published(_Part):
     source: Text = ""
 
 
-class Cell(_Part):
+class Cell(Part):
     """One row of a table: a command, run once per task and seed.
 
     Attributes:
@@ -108,14 +112,14 @@ class Cell(_Part):
     smoke: Arguments = {}
 
 
-class Task(_Part):
+class Task(Part):
     """One section of a table: arguments that all cells share there, and values for placeholders."""
 
     args: Arguments = {}
     values: Values = {}
 
 
-class Table(_Part):
+class Table(Part):
     """A table file, checked. `tasks` has one nameless task where the file has none."""
 
     name: Name = Field(alias="table")
@@ -212,17 +216,23 @@ def load_table(path: Path) -> Table:
     Raises:
         UserError: what is wrong, with the file and the key.
     """
+    table = checked(Table, _read(path), path.name)
+    table._path = path
+    return table
+
+
+def checked(model: type[PartOf], content: Any, file: str) -> PartOf:
+    """A file's content, checked; a UserError names file and key."""
     try:
-        table = Table.model_validate(_read(path))
+        return model.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if part not in ("", "[key]"))
         own = {"missing": "this key is missing or empty"}
-        own |= dict.fromkeys(("dict_type", "model_type"), f"expected `key: value` lines, got {first['input']!r:.100}")
+        wrong = f"expected `key: value` lines, got {first['input']!r:.100}"
+        own |= dict.fromkeys(("dict_type", "model_type"), wrong)
         message = own.get(first["type"], first["msg"].removeprefix("Value error, "))
-        raise UserError(": ".join(filter(None, [path.name, key, message]))) from None
-    table._path = path
-    return table
+        raise UserError(": ".join(filter(None, [file, key, message]))) from None
 
 
 class _TextLoader(UniqueKeyLoader):
@@ -232,17 +242,11 @@ class _TextLoader(UniqueKeyLoader):
 
 
 def _read(path: Path) -> Any:
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
         return yaml.load(text, _TextLoader)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path.name}, line {line}: this is no UTF-8 text") from error
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"{path.name}, line {line}: {error.reason}") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise UserError(f"{path.name}, line {line}: {error.problem}") from error
+    except (yaml.reader.ReaderError, yaml.MarkedYAMLError) as error:
+        unreadable = isinstance(error, yaml.reader.ReaderError)
+        place = error.position if unreadable else error.problem_mark.index
+        reason = error.reason if unreadable else error.problem
+        raise UserError(f"{path.name}, line {text.count(chr(10), 0, place) + 1}: {reason}") from error
