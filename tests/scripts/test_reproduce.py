@@ -552,7 +552,7 @@ def test_a_file_where_a_folder_is_to_be_is_named_before_anything_runs(run, tmp_p
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        ("[]", "is no mapping; remove the folder to run this cell again"),
+        ("[]", "holds a list, not a dict; without its folder it is run again"),
         ('{"last": "much"}', "last is 'much'; a number, or null for none, is needed"),
         ('{"throughput": "12 it/s"}', "throughput is '12 it/s'; a number, or null for none, is needed"),
     ],
@@ -760,7 +760,7 @@ def test_a_table_file_in_another_encoding_is_named(write_table):
         (["glue_short", "--set", "model"], "'model' is not KEY=VALUE"),
         (["glue_short", "--cells", "theseos"], "--cells: glue_short.yaml has no 'theseos'; did you mean 'theseus'?"),
         (["glue_short", "--set", "data=" + 300 * "x", "--dry-run"], "error: File name too long: xxx"),
-        (["glue_short", "--seeds", "0"], "'0' is not a whole number above 0"),
+        (["glue_short", "--seeds", "0"], "'0' is not a whole number of at least 1"),
         (["glue_short", "--slurm", "partition=gpu"], "--slurm needs --launcher slurm"),
         (["glue_short", "--launcher", "slurm", "--output", "{tmp}"], "--launcher slurm: "),
     ],

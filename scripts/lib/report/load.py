@@ -1,6 +1,5 @@
 """What a run left in its output folder, checked and in one form for both pipelines."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.run.errors import UserError
+from common.run.reading import parse_json, read_json, read_text, reading
 
 _TIMINGS = ("_runtime", "_per_second", "_time", "_loss")  # of an evaluation; all else in it is a metric
 
@@ -140,20 +140,12 @@ def load_run(folder: Path) -> Run:
                 "has one as soon as training has started"
             )
     result, directions = folder / "result.json", folder / "directions.jsonl"
-    try:
-        config = read_object(folder / "config.json")
-        ended = read_object(result) if result.exists() else None
-        metrics = _lines(folder / "metrics.jsonl", running=ended is None)
-        chosen = _lines(directions, running=ended is None) if directions.exists() else {}
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    config = read_json(folder / "config.json")
+    ended = read_json(result, finite=False) if result.exists() else None
+    metrics = _lines(folder / "metrics.jsonl", running=ended is None)
+    chosen = _lines(directions, running=ended is None) if directions.exists() else {}
     choices = [_choice(line, where) for where, line in chosen.items()]
     return Run(folder, config, ended, list(metrics.values()), choices)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; `UserError` if it is something else."""
-    return _object(path.read_bytes(), str(path))
 
 
 def metric_name(key: str) -> str:
@@ -173,38 +165,24 @@ def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _object(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:  # or not UTF-8
-        raise UserError(f"{where}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: a JSON object is expected")
-    return value
-
-
 def _lines(path: Path, running: bool) -> dict[str, dict[str, Any]]:
     """Where a line is -> what it says; the last one of a running job may be half-written, and is left out then."""
-    *lines, torn = path.read_bytes().split(b"\n")
+    *lines, torn = read_text(path).split("\n")
     parsed = {}
     for number, line in enumerate(lines + [torn] * bool(torn and not running), start=1):
         where = f"{path}, line {number}"
-        parsed[where] = _object(line, where)
+        parsed[where] = parse_json(line, where, finite=False)
         if not is_number(parsed[where].get("step")):
             raise UserError(f'{where}: a JSON object with a number "step" is expected')
     return parsed
 
 
 def _choice(line: dict[str, Any], where: str) -> Choice:
-    try:
+    with reading(where, '"weights" with "index", "weight" and "sigma", and a "distance" of every pair'):
         weights = {name: _selected(pair) for name, pair in line["weights"].items()}
-        if weights:
-            return Choice(line["step"], weights, {name: float(line["distance"][name]) for name in weights})
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        pass
-    raise UserError(
-        f'{where}: "weights" with "index", "weight" and "sigma", and a "distance" of every pair are expected'
-    )
+        if not weights:
+            raise ValueError("there is no pair")
+        return Choice(line["step"], weights, {name: float(line["distance"][name]) for name in weights})
 
 
 def _selected(pair: dict[str, Any]) -> Selected:

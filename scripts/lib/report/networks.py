@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from common.run.errors import UserError
-from scripts.lib.report.load import Run, read_object
+from common.run.reading import read_json
+from scripts.lib.report.load import Run
 
 Pairs = list[tuple[str, Tensor, Tensor]]
 
@@ -31,8 +32,8 @@ def teacher_score(run: Run) -> float | None:
     if not (run.vision and has_networks(run)):
         return None
     try:
-        info = read_object(_teacher_of_images(run) / "model.json")
-    except (OSError, UserError):
+        info = read_json(_teacher_of_images(run) / "model.json")
+    except UserError:
         return None
     return info.get("accuracy") if info.get("held_out", 0) == run.settings.get("DATASET.HELD_OUT", 0) else None
 

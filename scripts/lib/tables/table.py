@@ -1,6 +1,5 @@
 """A table file: its cells and the arguments of each. `configs/tables/glue_short.yaml` explains the keys."""
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,17 +20,11 @@ from pydantic import (
 from common import ROOT
 from common.run.errors import UserError
 from common.run.reading import read_text
+from common.run.suggest import suggest
 from common.run.yaml_files import UniqueKeyLoader
 
 FOLDER = ROOT / "configs" / "tables"
 RESERVED = ("task", "cell", "seed", "output")  # placeholders that every run fills in by itself
-
-
-def suggest(wrong: str, valid: Iterable[str]) -> str:
-    """`did you mean 'x'? valid: x, y`, to end an error message with."""
-    valid = list(valid)
-    near = difflib.get_close_matches(wrong, valid, n=1, cutoff=0.5)
-    return (f"did you mean {near[0]!r}? " if near else "") + f"valid: {', '.join(valid) or 'none'}"
 
 
 def _message(text: str) -> WrapValidator:
