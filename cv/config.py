@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
@@ -14,6 +13,7 @@ from yacs.config import CfgNode
 from common import ROOT
 from common.run.errors import UserError
 from common.run.reading import read_yaml
+from common.run.suggest import nearest
 from common.run.yaml_files import UniqueKeyLoader
 from common.settings import SETTINGS, key_checks
 from cv.methods import METHODS, method_defaults
@@ -181,9 +181,9 @@ def _unknown(key: str, valid: dict[str, Any]) -> str:
     if below := [name for name in valid if name.startswith(f"{key}.")]:
         return f"{key} is a block of keys; set one of them, such as {below[0]}"
     leaf = key.split(".")[-1].upper()
-    nearest = [name for name in valid if name.split(".")[-1] == leaf]  # the right name in the wrong block
-    nearest = nearest or get_close_matches(key.upper(), valid, n=1, cutoff=0.5)
-    return f"unknown key {key}" + (f"; the nearest is {nearest[0]}" if nearest else "")
+    elsewhere = (name for name in valid if name.split(".")[-1] == leaf)  # the right name in the wrong block
+    near = next(elsewhere, None) or nearest(key.upper(), valid)
+    return f"unknown key {key}" + (f"; the nearest is {near}" if near else "")
 
 
 def _parse(text: str) -> Any:

@@ -18,15 +18,16 @@ import pandas as pd
 from common import ROOT
 from common.run.errors import Parser, UserError, run_cli
 from common.run.files import check_writable
+from common.run.numbers import Number
+from common.run.suggest import suggest
 from scripts.lib.tables.collect import collect, keys, read_rows, recognised, write_rows
-from scripts.lib.tables.curves import draw_curves
 from scripts.lib.tables.forest import write_forest
 from scripts.lib.tables.launch import launch, unfinished
 from scripts.lib.tables.plan import Run, plan, short
 from scripts.lib.tables.plot import plot
 from scripts.lib.tables.render import render
 from scripts.lib.tables.summary import summarize
-from scripts.lib.tables.table import Table, find_table, load_table, suggest
+from scripts.lib.tables.table import Table, find_table, load_table
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,20 +38,20 @@ def build_parser() -> argparse.ArgumentParser:
     text = "nothing is run: the comparisons of these tables in one figure, forest.png and forest.svg, in --results or "
     text += "outputs/forest; without names those of results/front.yaml, with the pages that show them"
     parser.add_argument("--forest", nargs="*", metavar="TABLE", help=text)
-    parser.add_argument("--seeds", type=_positive, metavar="N", help="seeds per cell (default: as the table says)")
+    parser.add_argument("--seeds", type=Number(int, 1), metavar="N", help="seeds per cell (default: as the table says)")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all of the table)")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="only these cells and what they need (default: all)")
     assignment = {"action": "append", "default": [], "type": _assignment, "metavar": "KEY=VALUE"}
     text = "value of one of the table's placeholders, such as data or model (may be repeated)"
     parser.add_argument("--set", dest="values", **assignment, help=text)
-    parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at once (default: 1)")
+    parser.add_argument("--jobs", type=Number(int, 1), default=1, metavar="N", help="runs at once (default: 1)")
     parser.add_argument("--launcher", choices=("local", "slurm"), default="local", help="where (default: local)")
     text = "submitit parameter of --launcher slurm, such as slurm_partition=gpu, timeout_min=600, gpus_per_node=1"
     parser.add_argument("--slurm", **assignment, help=text)
     parser.add_argument("--smoke", action="store_true", help="every run for seconds, all in outputs/reproduce-smoke")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--render-only", action="store_true", help="render what is finished, run nothing")
-    text = "besides table.md: LaTeX, CSV, and plots of the rows and of the table's curves as PNG and SVG"
+    text = "besides table.md: LaTeX, CSV, and a plot of the rows as PNG and SVG"
     parser.add_argument("--formats", nargs="+", choices=("tex", "csv", "plots"), default=[], help=text)
     text = "rows of runs.csv by the same commands and --set values count as finished, even without their folders"
     parser.add_argument("--keep-rows", action="store_true", help=text)
@@ -115,14 +116,13 @@ def main() -> None:
         files = ["runs.csv", "table.md", *(f"table.{kind}" for kind in ("tex", "csv") if kind in args.formats)]
         if "plots" in args.formats:
             plot(table, summary, rows, results)
-            names = ["table", *(f"curve_{name}" for name in draw_curves(table, rows, results))]
-            files += [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+            files += ["table.png", "table.svg"]
         print(f"{len(rows)} runs in {short(results)}: {', '.join(files)}")
     else:
         nothing = "has measured anything" if len(rows) else "has finished"
         print(f"no run with these commands and --set values {nothing} in {short(output)}, so there is no table")
     for run, reason in unusable.items():
-        print(f"{run.title} is not in the table: {reason}")
+        print(f"{run.title} is not in the table: {reason}; without its folder it is run again")
     if failed:
         print(f"{len(failed)} of {len(todo)} runs failed: " + ", ".join(run.title for run in failed))
     if failed or unusable:
@@ -168,12 +168,6 @@ def _assignment(text: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
     return name, value
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

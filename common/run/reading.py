@@ -42,18 +42,20 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
         return path.read_text(encoding="utf-8")
 
 
-def parse_json(text: str, where: Path | str, kind: type = dict) -> Any:
-    """A JSON text whose value is of a type; numbers are finite and no larger than `LARGEST`."""
+def parse_json(text: str, where: Path | str, kind: type = dict, *, finite: bool = True) -> Any:
+    """A JSON text whose value is of a type; numbers are no larger than `LARGEST`, and finite unless a file may differ:
+    Python writes NaN, the correlation with a constant, as such."""
+    hooks = {"parse_float": _finite, "parse_constant": _no_number} if finite else {}
     with reading(where, "valid JSON"):
-        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_no_number)
+        value = json.loads(text, parse_int=_whole, **hooks)
         if not isinstance(value, kind):
             raise UserError(f"{where} holds a {type(value).__name__}, not a {kind.__name__}")
         return value
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
+def read_json(path: Path, kind: type = dict, *, finite: bool = True) -> Any:
     """A JSON file; see `parse_json`."""
-    return parse_json(read_text(path), path, kind)
+    return parse_json(read_text(path), path, kind, finite=finite)
 
 
 def read_json_lines(path: Path) -> list[dict]:

@@ -1,10 +1,10 @@
 """Networks for 32x32 images (8x8 to 64x64 work too) by the names that the distillation literature uses."""
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial
 
 from common.run.errors import UserError
+from common.run.suggest import nearest
 from cv.models.features import Features, Network
 from cv.models.library import LibraryNetwork, build_library_network, is_library
 from cv.models.mobilenetv2 import MobileNetV2
@@ -30,8 +30,8 @@ def build_model(name: str, num_classes: int, in_channels: int = 3) -> Network:
     Raises UserError for an unknown name (the message lists all and names the nearest) and for counts below 1.
     """
     if name not in MODELS and not is_library(name):
-        nearest = get_close_matches(str(name).lower(), MODELS, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        near = nearest(str(name).lower(), MODELS)
+        hint = f"; did you mean {near!r}?" if near else ""
         raise UserError(
             f"unknown network {name!r}: valid names are {', '.join(MODELS)}, torchvision/<name> and timm/<name>{hint}"
         )

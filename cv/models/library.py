@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from difflib import get_close_matches
 from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor, nn
 
 from common.run.errors import UserError
+from common.run.suggest import nearest
 from common.torchvision_repair import repair_torchvision
 from cv.models.features import Features, Network
 
@@ -113,8 +113,8 @@ def build_library_network(name: str, num_classes: int, in_channels: int = 3) -> 
         names, make = timm.list_models(), timm.create_model
         settings = {"pretrained": False, "num_classes": num_classes, "in_chans": in_channels}
     if model not in names:
-        nearest = get_close_matches(model, names, n=1)
-        hint = f"; did you mean {library}/{nearest[0]}?" if nearest else ""
+        near = nearest(model, names)
+        hint = f"; did you mean {library}/{near}?" if near else ""
         raise UserError(f"{library} has no network {model!r}{hint}")
     net = make(model, **settings)
     heads = [each for each, module in net.named_modules() if isinstance(module, nn.Linear)]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -306,6 +307,7 @@ def test_whole_files_are_read_as_they_are(tmp_path):
     assert torch.equal(read_tensors(tmp_path / "a.pt")["a"], torch.ones(2))
     assert read_json(tmp_path / "a.json") == {"n": 12, "x": 0.5, "list": [None, True]}
     assert parse_json("[1]", "here", list) == [1]
+    assert math.isnan(parse_json('{"x": NaN}', "here", finite=False)["x"])
 
 
 def test_a_resumed_log_with_a_bad_line_names_the_line(tmp_path):

@@ -155,7 +155,7 @@ def test_both_glue_loops_take_the_same_steps_from_the_same_weights(monkeypatch, 
 
 def test_sampled_batches_are_whole_batches_of_the_epoch_and_differ(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from scripts.lib.benchmark.turns import SampledBatches
+    from scripts.lib.benchmark.glue_loops import SampledBatches
 
     torch.manual_seed(0)
     sampled = SampledBatches(range(103), batch=5, steps=8)

@@ -10,14 +10,14 @@ from nlp_fixtures import write_model, write_rte
 from torch import nn
 
 from common import ROOT
+from cv import trainer
 from dskd import DirectionSensitivityLoss, Own
 from dskd.matrices import DRIVERS
 
 sys.path.append(str(ROOT / "scripts"))
 from scripts.lib.benchmark.loops import random_images
-from scripts.study import exactness, observed_runs
-from scripts.study.exactness import adaptive_interval, applied
-from scripts.study.held_gradient import HeldGradient, Reference
+from scripts.study import exactness
+from scripts.study.exactness import HeldGradient, Reference, applied
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +30,13 @@ def observed() -> tuple[HeldGradient, list[np.ndarray], np.ndarray]:
     noise = torch.randn(6, 4, 3, generator=generator)
     dskd = DirectionSensitivityLoss([("a", student, teacher)], Own(rank=0), svd_steps=3)
     optimizer = torch.optim.SGD([student], lr=0.1)
-    held = HeldGradient([("a", student, teacher)], dskd, {"first": [0, 1], "second": [3]}, total=6)
+    held = HeldGradient(dskd, {"first": [0, 1], "second": [3]})
     weights = [student.detach().double().numpy().copy()]
     for step in range(5):
         optimizer.zero_grad()
         (dskd() + (student * noise[step]).sum()).backward()
-        held.before_step(step + 1)
         with dskd.observe(step / 6):
             optimizer.step()
-        held.after_step(step + 1)
         weights.append(student.detach().double().numpy().copy())
     return held, weights, teacher.double().numpy()
 
@@ -48,26 +46,11 @@ def test_the_cosine_is_that_of_the_exact_gradients(observed):
     held, weights, teacher = observed
     gaps = [(W - teacher).ravel() for W in weights[:3]]
     expected = [gaps[0] @ gap / np.linalg.norm(gaps[0]) / np.linalg.norm(gap) for gap in gaps]
-    np.testing.assert_allclose(np.ravel(held.references[0].cosine[0.0]), expected, rtol=1e-6)
-
-
-def test_the_drift_is_relative_to_the_weight(observed):
-    held, weights, _ = observed
-    expected = [np.linalg.norm(W - weights[0]) / np.linalg.norm(weights[0]) for W in weights[:3]]
-    np.testing.assert_allclose(np.ravel(held.references[0].drift), expected, rtol=1e-6)
-
-
-def test_the_value_is_compared_with_its_first_order_expansion(observed):
-    held, weights, teacher = observed
-    gap = weights[0] - teacher
-    expanded = [(np.sum(gap**2) + np.sum(2 * gap * (W - weights[0]))) / 3 for W in weights[:3]]
-    exact = [np.sum((W - teacher) ** 2) / 3 for W in weights[:3]]
-    expected = np.abs(np.divide(expanded, exact) - 1)
-    np.testing.assert_allclose(held.references[0].value_error, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(np.ravel(held.references[0].cosine["own, 0"]), expected, rtol=1e-6)
 
 
 def test_a_gradient_is_compared_at_every_age_until_directions_are_chosen_anew(observed):
-    ages = {(r.stage, r.step): len(r.drift) for r in observed[0].references}
+    ages = {(r.stage, r.step): len(r.cosine["own, 0"]) for r in observed[0].references}
     assert ages == {("first", 0): 3, ("first", 1): 2, ("second", 3): 3}
 
 
@@ -78,9 +61,8 @@ def test_every_driver_is_compared_where_directions_were_chosen(observed):
 
 
 COSINES = [[1.0, 1.0], [0.9, 1.0], [0.7, 0.9], [0.5, 0.8]]
-DRIFT = [[0.0, 0.0], [0.02, 0.01], [0.03, 0.03], [0.04, 0.05]]
-REFERENCE = Reference("stage", 0, cosine={0.0: COSINES}, drift=DRIFT, along_update=COSINES)
-SHORT = Reference("stage", 2, cosine={0.0: COSINES[:2]}, drift=DRIFT[:2], along_update=COSINES[:2])
+REFERENCE = Reference("stage", 0, cosine={"own, 0": COSINES})
+SHORT = Reference("stage", 2, cosine={"own, 0": COSINES[:2]})
 
 
 def test_the_applied_gradient_is_averaged_over_the_interval():
@@ -89,17 +71,11 @@ def test_the_applied_gradient_is_averaged_over_the_interval():
 
 
 def test_an_interval_that_a_choice_cuts_short_is_no_part_of_the_mean(monkeypatch):
-    monkeypatch.setattr(exactness, "SMOOTHINGS", (0.0,))
     monkeypatch.setattr(exactness, "INTERVALS", (1, 2, 4, 8))
-    found = exactness._by_interval([REFERENCE, SHORT])
-    assert found[0.0].keys() == {1, 2, 4}
-    assert found[0.0][2]["mean"] == pytest.approx(np.mean(COSINES[:2]))
-    assert found[0.0][4]["mean"] == pytest.approx(np.mean(COSINES))
-
-
-@pytest.mark.parametrize(("threshold", "steps"), [(0.01, 1), (0.02, 2), (0.035, 3), (0.1, 4)])
-def test_the_adaptive_rule_ends_an_interval_when_any_pair_has_moved_too_far(threshold, steps):
-    assert adaptive_interval(REFERENCE, threshold) == steps
+    found = exactness.by_interval([REFERENCE, SHORT])["own, 0"]
+    assert found.keys() == {"1", "2", "4"}
+    assert found["2"] == f"{np.mean(COSINES[:2]):.4f} (0.9500)"
+    assert found["4"] == f"{np.mean(COSINES):.4f} (0.7750)"
 
 
 def test_the_basis_update_is_compared_along_the_last_choice(observed):
@@ -111,13 +87,12 @@ def test_the_basis_update_is_compared_along_the_last_choice(observed):
         for W in weights[3:6]
     ]
     expected = [gradients[0] @ g / np.linalg.norm(gradients[0]) / np.linalg.norm(g) for g in gradients]
-    np.testing.assert_allclose(np.ravel(held.references[-1].along_update), expected, rtol=1e-4)
+    np.testing.assert_allclose(np.ravel(held.references[-1].cosine["update"]), expected, rtol=1e-4)
 
 
-def test_the_study_trains_by_both_recipes_and_writes_its_tables(tmp_path, monkeypatch, capsys):
+def test_the_study_trains_by_both_programs_and_writes_its_tables(tmp_path, monkeypatch, capsys):
     write_rte(tmp_path / "RTE", train=24, dev=12)
-    monkeypatch.setattr(observed_runs, "load_dataset", lambda name, root: random_images(32))
-    monkeypatch.setattr(observed_runs, "LENGTH", 32)
+    monkeypatch.setattr(trainer, "load_dataset", lambda *_, **__: random_images(16))
     words = ["--quick", "--output", tmp_path, "--glue", tmp_path, "--model", write_model(tmp_path / "model")]
     monkeypatch.setattr(sys, "argv", ["exactness", *map(str, words)])
     exactness.main()
@@ -127,7 +102,7 @@ def test_the_study_trains_by_both_recipes_and_writes_its_tables(tmp_path, monkey
             (step, [0, 1, 2] if step % 4 == 0 else [0, 1]) for step in (0, 2, 4, 6, 8, 10)
         ]
         for stage in result["by_grad_steps"].values():
-            assert stage["0.0"]["1"]["mean"] == pytest.approx(1.0)
-            assert stage.keys() == {"0.0", "0.003", "0.01", "0.03", "update"}
+            assert stage["own, 0"]["1"] == "1.0000 (1.0000)"
+            assert stage.keys() == {"own, 0", "own, 0.003", "own, 0.01", "own, 0.03", "update"}
     assert (tmp_path / "exactness.svg").is_file()
     assert "gradient of the authors' release" in capsys.readouterr().out

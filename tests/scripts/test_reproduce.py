@@ -21,7 +21,6 @@ from submitit.core.utils import FailedJobError
 from common import ROOT
 from common.run.errors import UserError, run_cli
 from scripts import reproduce
-from scripts.lib.tables import curves
 from scripts.lib.tables import launch as launching
 from scripts.lib.tables import plot as plots
 from scripts.lib.tables.launch import unfinished
@@ -77,12 +76,6 @@ smoke: {last: 9}
 """
 
 VERSUS = TABLE.replace("smoke:", "  third: {label: Third, versus: second, args: {last: [3, 8, 7]}}\nsmoke:")
-CURVES = """
-curves:
-  steps: {label: training steps, cells: {first: 2, second: 40}}
-  lone: {label: nothing to compare, cells: {first: 2}}
-  cost: {x: cost, label: time, cells: [first, second]}
-"""
 
 
 class _Finished:
@@ -305,7 +298,7 @@ def test_latex_names_a_task_in_its_first_row_and_nowhere_else(run):
 
 
 def test_a_label_is_text_and_no_formula_or_argument(run):
-    run("--seeds", 2, table=TABLE.replace("label: First", 'label: "[b] cut at $5%_$"') + CURVES)
+    run("--seeds", 2, table=TABLE.replace("label: First", 'label: "[b] cut at $5%_$"'))
     assert r"{[}b] cut at \$5\%\_\$" in (run.results / "table.tex").read_text()
     assert "[b] cut at $5%_$" in (run.results / "table.svg").read_text()
 
@@ -352,9 +345,9 @@ def test_tables_and_plots_show_the_summary(run):
 
 
 def test_the_same_rows_give_the_same_files(run):
-    run("--seeds", 2, table=TABLE + CURVES)
+    run("--seeds", 2, table=TABLE)
     before = {path.name: path.read_bytes() for path in run.results.iterdir()}
-    run("--seeds", 2, "--render-only", table=TABLE + CURVES)
+    run("--seeds", 2, "--render-only", table=TABLE)
     assert {path.name: path.read_bytes() for path in run.results.iterdir()} == before
 
 
@@ -403,7 +396,7 @@ def test_holm_is_the_worked_example():
 
 
 def test_other_formats_than_markdown_are_written_on_demand(run):
-    run("--seeds", 1, "--formats", "csv", table=TABLE + CURVES)
+    run("--seeds", 1, "--formats", "csv", table=TABLE)
     assert {path.name for path in run.results.iterdir()} == {"runs.csv", "table.md", "table.csv"}
 
 
@@ -434,70 +427,6 @@ def test_a_row_without_rows_to_compare_it_with_has_no_difference_until_they_come
     assert math.isnan(difference())
     run("--seeds", 1, "--cells", "second", table=VERSUS)
     assert difference() == 1
-
-
-def test_curves_of_two_cells_or_more_are_drawn(run):
-    run("--seeds", 2, table=TABLE + CURVES)
-    assert {path.name for path in run.results.glob("curve_*.png")} == {"curve_steps.png", "curve_cost.png"}
-    assert ">training steps<" in (run.results / "curve_steps.svg").read_text()
-
-
-def test_no_curve_is_drawn_before_two_of_its_cells_have_rows(run):
-    run("--seeds", 2, "--cells", "first", table=TABLE + CURVES)
-    assert not list(run.results.glob("curve_*"))
-
-
-@pytest.mark.parametrize(("least", "most", "scale"), [(1, 11, "log"), (1, 10, "linear"), (0, 40, "linear")])
-def test_a_curve_shows_mean_and_place_of_every_cell(run, monkeypatch, least, most, scale):
-    from matplotlib.figure import Figure
-
-    figure = Figure()
-    monkeypatch.setattr(curves, "drawn", lambda *_: nullcontext(figure))
-    text = f"curves: {{a: {{label: A, cells: {{second: {most}, first: {least}}}}}}}\n"
-    run("--seeds", 3, table=TABLE + text)
-    (axis,) = figure.axes
-    points, control = (line.get_ydata() for line in (axis.lines[0], axis.lines[-1]))
-    assert axis.get_xscale() == scale
-    assert (axis.lines[0].get_xdata().tolist(), points.tolist()) == ([least, most], [2, 4])
-    assert set(control) == {2}
-
-
-def test_a_curve_is_over_the_seeds_of_all_its_cells_and_the_control_and_names_them(run, monkeypatch):
-    from matplotlib.figure import Figure
-
-    control = "  zeroth: {label: Zeroth, args: {last: [0, 5, 7]}}\nsmoke:"
-    table = TABLE.replace("control: first", "control: zeroth").replace("smoke:", control)
-    table += "curves: {a: {label: A, cells: {first: 1, second: 2}}}\n"
-    run("--seeds", 3, "--cells", "first", table=table)
-    run("--seeds", 2, "--cells", "second", "zeroth", table=table)
-    figure = Figure()
-    monkeypatch.setattr(curves, "drawn", lambda *_: nullcontext(figure))
-    run("--seeds", 2, "--render-only", table=table)
-    (axis,) = figure.axes
-    assert axis.lines[0].get_ydata().tolist() == [1.5, 3]  # of 1, 2, not 3; of 2, 4
-    assert set(axis.lines[-1].get_ydata()) == {2.5}
-    assert axis.get_ylabel() == "accuracy, mean of seeds 1-2"
-
-
-def test_a_curve_of_cells_without_a_common_seed_is_not_drawn(run):
-    run("--seeds", 2, table=TABLE + CURVES)
-    for folder in (*run.runs.glob("first-seed1-*"), *run.runs.glob("second-seed2-*")):
-        (folder / "result.json").unlink()
-    for path in run.results.glob("curve_*"):
-        path.unlink()
-    run("--seeds", 2, "--render-only", table=TABLE + CURVES)
-    assert not list(run.results.glob("curve_*"))
-
-
-def test_seeds_in_a_row_are_named_by_the_first_and_the_last():
-    assert [curves.spans(seeds) for seeds in ([4], [1, 2], [1, 3, 4, 5])] == ["seed 4", "seeds 1-2", "seeds 1, 3-5"]
-
-
-def test_the_cost_of_a_cell_is_the_median_over_common_seeds():
-    speeds = [("a", 1, 100), ("a", 2, 50), ("a", 3, 10), ("b", 1, 50), ("b", 2, 50), ("b", 3, 2), ("b", 4, 1000)]
-    rows = pd.DataFrame(speeds, columns=["cell", "seed", "throughput"], dtype=object)
-    assert curves.relative_costs(rows, "a").to_dict() == {"a": 1, "b": 2}  # of 2, 1 and 5
-    assert curves.relative_costs(rows.drop(columns="throughput"), "a").empty
 
 
 def test_a_table_without_placeholders_has_no_note_on_them(run):
@@ -623,7 +552,7 @@ def test_a_file_where_a_folder_is_to_be_is_named_before_anything_runs(run, tmp_p
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        ("[]", "is no mapping; remove the folder to run this cell again"),
+        ("[]", "holds a list, not a dict; without its folder it is run again"),
         ('{"last": "much"}', "last is 'much'; a number, or null for none, is needed"),
         ('{"throughput": "12 it/s"}', "throughput is '12 it/s'; a number, or null for none, is needed"),
     ],
@@ -658,8 +587,8 @@ def test_a_result_does_not_say_which_row_it_is(run):
 def test_a_table_whose_runs_name_no_metric_is_drawn(run):
     nameless = TABLE.replace("last: [1, 2, 3]", """last: [1, 2, 3], result: '{"metric": null}'""")
     nameless = nameless.replace("last: [2, 4, 6]", """last: [2, 4, 6], result: '{"metric": null}'""")
-    assert run("--seeds", 2, table=nameless + CURVES) == 0
-    assert (run.results / "curve_steps.png").exists()
+    assert run("--seeds", 2, table=nameless) == 0
+    assert (run.results / "table.png").exists()
 
 
 def test_mean_and_best_are_over_the_same_runs(run):
@@ -781,14 +710,6 @@ def test_a_smoke_run_writes_outside_of_results(write_table, monkeypatch, tmp_pat
             "needs: first",
             "cells.second.versus: this is the cell itself; valid:",
         ),
-        (
-            "curves: {a: {label: A, cells: {frist: 1}}}\nsmoke:",
-            "smoke:",
-            "curves.a.cells: unknown cell 'frist'; did you mean",
-        ),
-        ("curves: {a: {label: A, cells: {first: x}}}\nsmoke:", "smoke:", "curves.a.cells.first: 'x' is no number"),
-        ("curves: {a: {label: A, cells: [first]}}\nsmoke:", "smoke:", "curves.a.cells: expected `cell: value` lines"),
-        ("curves: {a: {label: A, x: time, cells: [first]}}\nsmoke:", "smoke:", "curves.a.x: expected cost, got 'time'"),
         ("control: frist", "control: first", "control: unknown cell 'frist'; did you mean 'first'?"),
         ('"{dta}/x"', '"{data}/x"', "unknown placeholder {dta}; did you mean 'data'?"),
         ("script: fke.py", "script: fake.py", "script: there is no file 'fke.py'"),
@@ -822,10 +743,10 @@ def test_a_list_in_the_place_of_a_config_file_is_named(write_table):
     assert "cells.a: cfg: expected one config file, got ['a.yaml', 'b.yaml']" in error_of(write_table(text))
 
 
-def test_a_table_file_in_another_encoding_is_named_with_the_line(write_table):
+def test_a_table_file_in_another_encoding_is_named(write_table):
     path = write_table()
     path.write_bytes(TABLE.replace("A fake table", "Ein käsiger Tisch").encode("latin-1"))
-    assert error_of(path) == "fake.yaml, line 3: this is no UTF-8 text"
+    assert error_of(path) == f"{path} is not UTF-8 (byte 26)"
 
 
 @pytest.mark.parametrize(
@@ -839,7 +760,7 @@ def test_a_table_file_in_another_encoding_is_named_with_the_line(write_table):
         (["glue_short", "--set", "model"], "'model' is not KEY=VALUE"),
         (["glue_short", "--cells", "theseos"], "--cells: glue_short.yaml has no 'theseos'; did you mean 'theseus'?"),
         (["glue_short", "--set", "data=" + 300 * "x", "--dry-run"], "error: File name too long: xxx"),
-        (["glue_short", "--seeds", "0"], "'0' is not a whole number above 0"),
+        (["glue_short", "--seeds", "0"], "'0' is not a whole number of at least 1"),
         (["glue_short", "--slurm", "partition=gpu"], "--slurm needs --launcher slurm"),
         (["glue_short", "--launcher", "slurm", "--output", "{tmp}"], "--launcher slurm: "),
     ],

@@ -18,9 +18,8 @@ from bert_of_theseus.data import tokenize
 from bert_of_theseus.loading import load_data, load_model, max_length
 from bert_of_theseus.training import collator, metrics_function, training_arguments
 from common.run.errors import UserError
-from scripts.lib.benchmark.plain_glue import PlainGlue
+from scripts.lib.benchmark.glue_loops import PlainGlue, SampledTrainer, Turns
 from scripts.lib.benchmark.timing import summary, table, write
-from scripts.lib.benchmark.turns import SampledTrainer, Turns
 
 BATCH, LENGTH, LEARNING_RATE = 32, 128, 1e-4
 BLOCKS = 7  # of a training; the first one is the warm-up
@@ -58,7 +57,9 @@ def _arguments(data: Path, model: str, seed: int, precision: str, batch: int, st
     words = f"--do_train --do_eval --method finetune --task_name {data.name} --max_seq_length {LENGTH}"
     words += f" --max_steps {steps} --learning_rate {LEARNING_RATE} --per_gpu_train_batch_size {batch} --seed {seed}"
     words += " --report_to none --disable_tqdm" + (" --bf16" if precision == "bf16" else "")
-    return parse_arguments([*words.split(), "--model_name_or_path", model, "--data_dir", str(data), "--output_dir", ""])
+    return parse_arguments(
+        [*words.split(), "--model_name_or_path", model, "--data_dir", str(data), "--output_dir", "."]
+    )
 
 
 def _train(
@@ -95,13 +96,11 @@ def _train(
         trainers["ours"].add_callback(turns)
         trainers["ours"].train()
         scores = {loop: trainer.evaluate(dev) for loop, trainer in trainers.items()}
-    sampled = trainers["ours"].sampled
-    batches = {"ours": sampled.chosen, "ours, whole epoch": sampled.epoch}
     # all examples of a batch are padded to its longest
-    tokens = {key: float(np.mean([train.lengths[batch].max() for batch in found])) for key, found in batches.items()}
+    tokens = np.mean([train.lengths[batch].max() for batch in trainers["ours"].sampled.chosen])
     return {
         "seconds": {loop: seconds[1:] for loop, seconds in turns.seconds.items()},
-        "tokens": {**tokens, "plain": float(length)},
+        "tokens": {"ours": float(tokens), "plain": float(length)},
         "metric": {loop: score[f"eval_{task.primary}"] for loop, score in scores.items()},
         "loss": {loop: score["eval_loss"] for loop, score in scores.items()},
         "metric_name": task.primary,
@@ -111,14 +110,11 @@ def _train(
 def _task_results(runs: list[dict], examples: int) -> dict:
     """One task's figures from the runs of all seeds; `examples`: of a block."""
     loops = ("ours", "plain")
-    rates = {loop: [examples / value for run in runs for value in run["seconds"][loop]] for loop in loops}
-    by_turn = [ours / plain for ours, plain in zip(rates["ours"], rates["plain"], strict=True)]
-    rates = {loop: summary(values) for loop, values in rates.items()}
+    rates = {loop: summary([examples / value for run in runs for value in run["seconds"][loop]]) for loop in loops}
     return {
         "examples_per_second": rates,
         "ratio": rates["ours"]["median"] / rates["plain"]["median"],
-        "ratio_turn_by_turn": summary(by_turn),
-        "tokens_per_example": {key: float(np.mean([run["tokens"][key] for run in runs])) for key in runs[0]["tokens"]},
+        "tokens_per_example": {loop: float(np.mean([run["tokens"][loop] for run in runs])) for loop in loops},
         "metric": runs[0]["metric_name"],
         "dev_metric": {loop: [run["metric"][loop] for run in runs] for loop in loops},
         "dev_loss": {loop: [run["loss"][loop] for run in runs] for loop in loops},

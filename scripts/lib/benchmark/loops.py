@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from common.run.record import peak_memory_bytes
 from common.torchvision_repair import repair_torchvision
 from cv.config import load_config
 from cv.data import Augment, DataSets, EpochLoader, ImageSet, load_dataset
 from cv.methods import build_distiller
+from cv.methods.kd import kd_loss
 from cv.models import build_model
-from scripts.lib.benchmark.plain_loop import PlainLoop
 from scripts.lib.benchmark.timing import columns, interleaved, summary, table, write
 
 RECIPE = "configs/cifar100/kd/res56_res20.yaml"
@@ -49,6 +50,54 @@ class OurLoop:
             self.optimizer.step()
 
 
+class PILImages(Dataset):
+    """An image set as PIL images through torchvision's transforms, one by one."""
+
+    def __init__(self, image_set: ImageSet, mean, std):
+        from PIL import Image
+        from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, ToTensor
+
+        self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in image_set.images]
+        self.labels = image_set.labels.tolist()
+        crop = RandomCrop(image_set.images.shape[-1], padding=4)
+        self.transform = Compose([crop, RandomHorizontalFlip(), ToTensor(), Normalize(mean, std)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        return self.transform(self.images[index]), self.labels[index]
+
+
+class PlainLoop:
+    """The rival, the usual distillation toolkit's loop, written as simply as those are, with the same settings.
+
+    PIL transforms image by image in DataLoader workers, NCHW, eager, loss and accuracy read on the host in every step.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, data: DataSets, batch: int, bf16: bool, workers: int):
+        self.device, self.bf16 = "cuda" if torch.cuda.is_available() else "cpu", bf16
+        self.student, self.teacher = student.to(self.device), teacher.to(self.device).eval()
+        keep = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": self.device == "cuda"}
+        loader = DataLoader(PILImages(data.train, data.mean, data.std), batch, shuffle=True, **keep)
+        self.batches = (images for _ in count() for images in loader)
+        self.optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            images, labels = (tensor.to(self.device) for tensor in next(self.batches))
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+                logits = self.student(images)
+                with torch.no_grad():
+                    teacher_logits = self.teacher(images)
+                loss = 0.1 * nn.functional.cross_entropy(logits, labels) + 0.9 * kd_loss(logits, teacher_logits, 4.0)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            loss.item()
+            (logits.argmax(1) == labels).float().mean().item()
+
+
 def build(loop: str, data: DataSets, batch: int, precision: str, workers: int = 2) -> OurLoop | PlainLoop:
     """Either loop for KD of ResNet20 from ResNet56, networks initialised alike."""
     torch.manual_seed(0)
@@ -56,7 +105,7 @@ def build(loop: str, data: DataSets, batch: int, precision: str, workers: int = 
     bf16 = precision == "bf16"
     if loop == "ours":
         return OurLoop(student, teacher, data, batch, bf16)
-    return PlainLoop(student, teacher, data.train, data.mean, data.std, batch, workers, bf16)
+    return PlainLoop(student, teacher, data, batch, bf16, workers)
 
 
 def random_images(number: int) -> DataSets:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.run.errors import UserError
-from common.run.reading import parse_json, read_json, read_text
+from common.run.reading import parse_json, read_json, read_text, reading
 
 _SECTIONS = ("DATASET", "DISTILLER", "SOLVER", "DSKD", "LOG")  # of the vision pipeline's configuration
 _LARGEST = 1e30  # of a weight or a distance; squares of it are still finite
@@ -185,17 +185,12 @@ def _lines(path: Path, running: bool) -> dict[str, dict[str, Any]]:
 
 
 def _choice(line: dict[str, Any], where: str) -> Choice:
-    try:
+    with reading(where, '"weights" with "index", "weight" and "sigma", and a "distance" of every pair'):
         weights = {name: _selected(pair) for name, pair in line["weights"].items()}
-        if weights:
-            distance = {name: float(line["distance"][name]) for name in weights}
-            if all(0 <= value <= _LARGEST for value in distance.values()):
-                return Choice(line["step"], weights, distance)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        pass
-    raise UserError(
-        f'{where}: "weights" with "index", "weight" and "sigma", and a "distance" of every pair are expected'
-    )
+        distance = {name: float(line["distance"][name]) for name in weights}
+        if not (weights and all(0 <= value <= _LARGEST for value in distance.values())):
+            raise ValueError("there is no pair, or no distance")
+        return Choice(line["step"], weights, distance)
 
 
 def _selected(pair: dict[str, Any]) -> Selected:

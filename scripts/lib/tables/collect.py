@@ -1,6 +1,5 @@
 """`runs.csv`: one row per finished run, from its `result.json`; no path of this machine in it."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pandas as pd
 
 from common.run.errors import UserError
 from common.run.files import write_text
+from common.run.reading import read_json
 from scripts.lib.tables.plan import Run, pairs, portable
 
 KEY = ["task", "cell", "seed", "command", "placeholders"]
@@ -88,14 +88,7 @@ def _key(run: Run) -> tuple[str, str, int, str, str]:
 
 def _row(run: Run) -> dict[str, Any]:
     path = run.folder / "result.json"
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}; remove the folder to run this cell again") from error
-    if not isinstance(result, dict):
-        raise UserError(f"{path} is no mapping; remove the folder to run this cell again")
+    result = read_json(path, finite=False)
     missing = [name for name in ("metric", "last", "best") if name not in result]
     if missing:
         raise UserError(f"{path} has no {missing[0]!r}, which tables are made of")

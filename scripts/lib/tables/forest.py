@@ -1,24 +1,25 @@
 """Differences of many tables in one figure and in the pages that show it, all from the rows in results/*/runs.csv."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
 import pandas as pd
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from common import ROOT
 from common.run.errors import UserError
 from common.run.figures import drawn, plain
 from common.run.files import write_text
-from common.run.yaml_files import UniqueKeyLoader
+from common.run.reading import read_text, read_yaml
 from scripts.lib.tables.collect import read_rows
 from scripts.lib.tables.render import interval_text, markdown_table
 from scripts.lib.tables.summary import holm, paired_difference, summarize
-from scripts.lib.tables.table import Table, find_table, load_table
+from scripts.lib.tables.table import Part, Table, checked, find_table, load_table
 
 RESULTS = ROOT / "results"
 TABLES_PAGE = ROOT / "docs" / "tables.md"
@@ -26,11 +27,7 @@ LIMIT = 2.9  # points at which the axis ends; what lies beyond is an arrow
 STYLES = (("C0", "o"), ("C9", "s"), ("C1", "D"), ("C3", "^"), ("0.4", "v"))  # of the groups, in turn
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Row(_Part):
+class Row(Part):
     """One difference: of a cell to another one, which may stand in another table as `table/cell`."""
 
     label: str
@@ -41,7 +38,7 @@ class Row(_Part):
     versus: str
 
 
-class Group(_Part):
+class Group(Part):
     """Rows under one heading; with `family` their p values are also corrected for their number."""
 
     title: str
@@ -49,7 +46,7 @@ class Group(_Part):
     rows: Annotated[list[Row], Field(min_length=1)]
 
 
-class Front(_Part):
+class Front(Part):
     """results/front.yaml: what the figure shows, other differences that pages name, the tables in their groups."""
 
     groups: list[Group]
@@ -69,24 +66,13 @@ class Line(NamedTuple):
     low: float
     high: float
     p: float
-    steps: str
+    steps: str = ""
     holm: float = float("nan")
 
 
 def read_front() -> Front:
-    """The file results/front.yaml.
-
-    Raises:
-        UserError: what is wrong in it.
-    """
-    path = RESULTS / "front.yaml"
-    try:
-        return Front.model_validate(yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    """The file results/front.yaml; a UserError says what is wrong in it."""
+    return checked(Front, read_yaml(RESULTS / "front.yaml"), "front.yaml")
 
 
 def front_lines(front: Front) -> list[Line]:
@@ -100,17 +86,12 @@ def front_lines(front: Front) -> list[Line]:
 
 
 def compare(row: Row, group: str = "") -> Line:
-    """The difference of a row, seed by seed.
-
-    Raises:
-        UserError: a table or a cell that has no rows.
-    """
+    """The difference of a row, seed by seed; a UserError where a table or a cell has no rows."""
     other_table, _, other_cell = row.versus.rpartition("/")
     ours, our_steps = _last(row.table, row.task, row.cell)
     theirs, their_steps = _last(other_table or row.table, row.task, other_cell)
-    found = paired_difference(ours, theirs)
     steps = f"{our_steps}" if our_steps == their_steps else f"{our_steps} / {their_steps}"
-    return Line(group, row.label, row.setting, row.table, steps=steps, **found)
+    return Line(group, row.label, row.setting, row.table, steps=steps, **paired_difference(ours, theirs))
 
 
 def lines_of(names: Sequence[str]) -> list[Line]:
@@ -118,22 +99,20 @@ def lines_of(names: Sequence[str]) -> list[Line]:
     lines = []
     for name in names:
         table, rows = _table(name)
+        if rows.empty:
+            raise UserError(f"results/{table.name} has no rows: nothing of this table has been run")
         for line in summarize(table, rows).dropna(subset="difference").itertuples():
-            other = table.cells[line.versus].label
-            first, second = (other, line.label) if line.turned else (line.label, other)
-            label = f"{line.task}: " * bool(line.task) + f"{first} minus {second}"
+            both = [line.label, table.cells[line.versus].label]
+            label = f"{line.task}: " * bool(line.task) + " minus ".join(both[::-1] if line.turned else both)
             figures = (line.pairs, line.difference, line.low, line.high, line.p)
-            lines.append(Line(table.title, label, "", name, *figures, "", line.holm))
+            lines.append(Line(table.title, label, "", name, *figures, holm=line.holm))
     return lines
 
 
 @cache
 def _table(name: str) -> tuple[Table, pd.DataFrame]:
     table = load_table(find_table(name))
-    rows = read_rows(RESULTS / table.name / "runs.csv")
-    if rows.empty:
-        raise UserError(f"results/{table.name} has no rows: nothing of this table has been run")
-    return table, rows
+    return table, read_rows(RESULTS / table.name / "runs.csv")
 
 
 def _last(name: str, task: str, cell: str) -> tuple[pd.Series, int]:
@@ -151,14 +130,15 @@ def write_forest(names: Sequence[str], folder: Path | None) -> list[Path]:
     Returns:
         The files that were written.
     """
+    folder = folder or (ROOT / "outputs" / "forest" if names else RESULTS)
+    changed = {}
     if names:
-        folder = folder or ROOT / "outputs" / "forest"
-        draw(lines_of(names), folder)
-        return [folder / "forest.png", folder / "forest.svg"]
-    front, folder = read_front(), folder or RESULTS
-    lines = front_lines(front)
+        lines = lines_of(names)
+    else:
+        front = read_front()
+        lines = front_lines(front)
+        changed = pages(front, lines) if folder == RESULTS else {}
     draw(lines, folder)
-    changed = pages(front, lines) if folder == RESULTS else {}
     for path, text in changed.items():
         write_text(path, text)
     return [folder / "forest.png", folder / "forest.svg", *changed]
@@ -166,29 +146,25 @@ def write_forest(names: Sequence[str], folder: Path | None) -> list[Path]:
 
 def draw(lines: Sequence[Line], folder: Path) -> None:
     """`forest.png` and `.svg`: a difference a line, its 95% interval beside it, better to the right."""
-    groups = list(dict.fromkeys(line.group for line in lines))
-    places, headings, place = [], {}, 0.0
-    for group in groups:
-        headings[group] = place
-        for _ in [line for line in lines if line.group == group]:
-            place += 1
-            places.append(place)
-        place += 1.4
-    with drawn(folder, "forest", (8.6, 0.6 + 0.2 * place)) as figure:
+    places, headings, y = [], [], 0.0
+    for group, mine in groupby(lines, lambda line: line.group):
+        headings.append((y, group))
+        places += [(y + 1 + i, STYLES[(len(headings) - 1) % len(STYLES)]) for i, _ in enumerate(mine)]
+        y = places[-1][0] + 1.4
+    with drawn(folder, "forest", (8.6, 0.6 + 0.2 * y)) as figure:
         axis = figure.subplots()
-        for y, line in zip(places, lines, strict=True):
-            _draw_line(axis, y, line, *STYLES[groups.index(line.group) % len(STYLES)])
+        for (place, style), line in zip(places, lines, strict=True):
+            _draw_line(axis, place, line, *style)
         axis.axvline(0, color="0.3", linewidth=0.8, zorder=0)
-        axis.set(xlim=(-LIMIT, LIMIT), ylim=(place - 0.6, -0.8))
+        axis.set(xlim=(-LIMIT, LIMIT), ylim=(y - 0.6, -0.8))
         axis.set_xlabel("points, mean and 95% CI; better to the right; in brackets: seeds")
-        axis.set_yticks(places, [f"{plain(line.label)} ({line.pairs})" for line in lines])
-        for group, y in headings.items():
-            axis.annotate(
-                plain(group), (0, y), xycoords=("figure fraction", "data"), xytext=(6, 0), textcoords="offset points",
-                va="center", weight="bold", bbox={"color": "white", "pad": 0.5},
-            )  # fmt: skip
+        axis.set_yticks([place for place, _ in places], [f"{plain(line.label)} ({line.pairs})" for line in lines])
+        beside = {"xycoords": ("figure fraction", "data"), "xytext": (6, 0), "textcoords": "offset points"}
+        for place, group in headings:
+            looks = {"va": "center", "weight": "bold", "bbox": {"color": "white", "pad": 0.5}}
+            axis.annotate(plain(group), (0, place), **beside, **looks)
         right = axis.secondary_yaxis("right")
-        right.set_yticks(places, [interval_text(line) for line in lines], fontsize=8)
+        right.set_yticks([place for place, _ in places], [interval_text(line) for line in lines], fontsize=8)
         for each in (axis.yaxis, right.yaxis):
             each.set_tick_params(length=0)
         axis.spines[["left", "top", "right"]].set_visible(False)
@@ -208,69 +184,58 @@ def _draw_line(axis, y: float, line: Line, color: str, marker: str) -> None:
 
 def pages(front: Front, lines: Sequence[Line]) -> dict[Path, str]:
     """The pages that show the rows, with their blocks made anew: path -> text."""
-    groups: dict[str, list[Line]] = {}
-    for line in lines:
-        groups.setdefault(line.group, []).append(line)
-    blocks = {
-        "main": markdown_table(_columns([line for line in lines if line.setting], settings=True)),
-        "all": "\n\n".join(f"**{group}**\n\n{markdown_table(_columns(mine))}" for group, mine in groups.items()),
-        "tables": tables(front, ""),
-    }
+    groups = {group: _columns(list(mine)) for group, mine in groupby(lines, lambda line: line.group)}
+    main = [line._replace(label=line.setting) for line in lines if line.setting]
+    blocks = {"main": markdown_table(_columns(main)), "all": _under_titles(groups), "tables": _listed(front, "")}
     return {
-        RESULTS / "README.md": with_blocks(RESULTS / "README.md", blocks),
-        TABLES_PAGE: with_blocks(TABLES_PAGE, {"tables": tables(front, "../results/", commands=True)}),
+        RESULTS / "README.md": _with_blocks(RESULTS / "README.md", blocks),
+        TABLES_PAGE: _with_blocks(TABLES_PAGE, {"tables": _listed(front, "../results/", commands=True)}),
     }
 
 
-def tables(front: Front, to_results: str, commands: bool = False) -> str:
-    """The tables in their groups, each with the runs so far."""
-    listed = {group: _listed(names, to_results, commands) for group, names in front.tables.items()}
-    return "\n\n".join(f"**{group}**\n\n{text}" for group, text in listed.items())
+def _under_titles(tables: Mapping[str, pd.DataFrame]) -> str:
+    return "\n\n".join(f"**{title}**\n\n{markdown_table(columns)}" for title, columns in tables.items())
 
 
-def with_blocks(path: Path, blocks: Mapping[str, str]) -> str:
+def _with_blocks(path: Path, blocks: Mapping[str, str]) -> str:
     """A page's text, with what stands between `<!-- name -->` and `<!-- /name -->` replaced by the block of that name.
 
     Raises:
         UserError: the page has no such place.
     """
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     for name, block in blocks.items():
-        begin, end = f"<!-- {name} -->\n\n", f"\n\n<!-- /{name} -->"
-        head, found, rest = text.partition(begin)
-        _, closed, tail = rest.partition(end)
-        if not (found and closed):
-            raise UserError(f"{path} has no lines {begin.strip()} and {end.strip()}")
-        text = f"{head}{begin}{block}{end}{tail}"
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        text, found = re.subn(f"{begin}\n.*?\n{end}", lambda _: f"{begin}\n\n{block}\n\n{end}", text, flags=re.DOTALL)  # noqa: B023
+        if not found:
+            raise UserError(f"{path} has no lines {begin} and {end}")
     return text
 
 
-def _listed(names: dict[str, str], to_results: str, commands: bool) -> str:
-    def lines() -> Iterator[dict[str, str]]:
+def _listed(front: Front, to_results: str, commands: bool = False) -> str:
+    """The tables in their groups, each with the runs so far."""
+    flags = {"data/cifar100": " --set data=data/cifar100", "data/glue": " --set data=data/glue"}
+    groups = {}
+    for group, names in front.tables.items():
+        lines = []
         for name, status in names.items():
-            table, path = load_table(find_table(name)), RESULTS / name
-            runs = len(read_rows(path / "runs.csv"))
-            data = {"data/cifar100": " --set data=data/cifar100", "data/glue": " --set data=data/glue"}
-            link = f"[{name}]({to_results}{name}/table.md)" if runs else name
-            line = {"table": link, "what it compares": table.title, "runs so far": str(runs), "status": status}
-            if commands:
-                line["command"] = f"`python scripts/reproduce.py {name}{data.get(table.placeholders.get('data'), '')}`"
-            yield line
-
-    return markdown_table(pd.DataFrame(list(lines())))
+            table, rows = _table(name)
+            link = f"[{name}]({to_results}{name}/table.md)" if len(rows) else name
+            line = {"table": link, "what it compares": table.title, "runs so far": str(len(rows)), "status": status}
+            command = f"`python scripts/reproduce.py {name}{flags.get(table.placeholders.get('data'), '')}`"
+            lines.append({**line, "command": command} if commands else line)
+        groups[group] = pd.DataFrame(lines)
+    return _under_titles(groups)
 
 
-def _columns(lines: Sequence[Line], settings: bool = False) -> pd.DataFrame:
-    columns = [
-        {
-            "comparison": line.setting if settings else line.label,
-            "seeds": str(line.pairs),
-            "difference [95% CI]": interval_text(line),
-            "p (Holm)": "" if np.isnan(line.holm) else f"{line.holm:.3f}",
-            "steps": line.steps,
-            "table": f"[{line.table}]({line.table}/table.md)",
-        }
-        for line in lines
-    ]
+def _columns(lines: Sequence[Line]) -> pd.DataFrame:
+    columns = {
+        "comparison": [line.label for line in lines],
+        "seeds": [str(line.pairs) for line in lines],
+        "difference [95% CI]": [interval_text(line) for line in lines],
+        "p (Holm)": ["" if np.isnan(line.holm) else f"{line.holm:.3f}" for line in lines],
+        "steps": [line.steps for line in lines],
+        "table": [f"[{line.table}]({line.table}/table.md)" for line in lines],
+    }
     found = pd.DataFrame(columns)
     return found.loc[:, found.ne("").any()]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from common import ROOT
 from common.run.errors import UserError
-from scripts.lib.tables.table import RESERVED, Arguments, Table, suggest
+from common.run.suggest import suggest
+from scripts.lib.tables.table import RESERVED, Arguments, Table
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,9 @@ def plot(table: Table, summary: pd.DataFrame, rows: pd.DataFrame, folder: Path) 
             panel.set_title(task)
         panels[0].set_yticks(range(len(cells)), [plain(table.cells[name].label) for name in cells])
         panels[0].set_ylim(len(cells) - 0.4, -0.6)
-        entitle(figure, table.title, "at the end of training; dots: seeds, diamonds: mean ± standard deviation")
-
-
-def entitle(figure, title: str, what: str) -> None:
-    """Write a table's title, in lines that fit the figure, and what is drawn."""
-    characters = int(13 * figure.get_figwidth())  # of 9 points
-    figure.suptitle("\n".join([*textwrap.wrap(plain(title), characters), plain(what)]), fontsize=9)
+        title = textwrap.wrap(plain(table.title), int(13 * figure.get_figwidth()))  # characters of 9 points
+        what = "at the end of training; dots: seeds, diamonds: mean ± standard deviation"
+        figure.suptitle("\n".join([*title, what]), fontsize=9)
 
 
 def metric_name(metric: str, scale: float) -> str:

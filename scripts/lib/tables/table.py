@@ -1,10 +1,9 @@
 """A table file: its cells and the arguments of each. `configs/tables/glue_short.yaml` explains the keys."""
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import (
@@ -13,26 +12,19 @@ from pydantic import (
     BeforeValidator,
     Field,
     ValidationError,
-    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
-    field_validator,
     model_validator,
 )
 
 from common import ROOT
 from common.run.errors import UserError
+from common.run.reading import read_text
+from common.run.suggest import suggest
 from common.run.yaml_files import UniqueKeyLoader
 
 FOLDER = ROOT / "configs" / "tables"
 RESERVED = ("task", "cell", "seed", "output")  # placeholders that every run fills in by itself
-
-
-def suggest(wrong: str, valid: Iterable[str]) -> str:
-    """`did you mean 'x'? valid: x, y`, to end an error message with."""
-    valid = list(valid)
-    near = difflib.get_close_matches(wrong, valid, n=1, cutoff=0.5)
-    return (f"did you mean {near[0]!r}? " if near else "") + f"valid: {', '.join(valid) or 'none'}"
 
 
 def _message(text: str) -> WrapValidator:
@@ -53,12 +45,11 @@ Text = Annotated[str, _message("expected a text, got {!r}")]
 Name = Annotated[str, _NAME, _message("{!r} is no name; letters, digits, and . _ - inside, 100 at most")]
 Values = dict[Name, Annotated[str, _message("expected one value, got {!r}")]]
 Arguments = dict[str, Annotated[str | list[str], _message("expected one value or a list of values, got {!r}")]]
-Number = Annotated[float, Field(allow_inf_nan=False), _message("{!r} is no number")]
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False), _message("{!r} is no number above 0")]
 PositiveInteger = Annotated[int, Field(gt=0), _message("{!r} is no whole number above 0")]
 
 
-class _Part(BaseModel, frozen=True):
+class Part(BaseModel, frozen=True):
     """A mapping of the file; its keys are the fields. A key with nothing behind it is like none."""
 
     @model_validator(mode="before")
@@ -73,7 +64,10 @@ class _Part(BaseModel, frozen=True):
         return {key: value for key, value in content.items() if value}
 
 
-class Published(_Part):
+PartOf = TypeVar("PartOf", bound=Part)
+
+
+class Published(Part):
     """Figures from elsewhere, in the table's display units: task name ("" in a table without tasks) -> figure."""
 
     value: Annotated[
@@ -82,7 +76,7 @@ class Published(_Part):
     source: Text = ""
 
 
-class Cell(_Part):
+class Cell(Part):
     """One row of a table: a command, run once per task and seed.
 
     Attributes:
@@ -111,44 +105,14 @@ class Cell(_Part):
     smoke: Arguments = {}
 
 
-class Task(_Part):
+class Task(Part):
     """One section of a table: arguments that all cells share there, and values for placeholders."""
 
     args: Arguments = {}
     values: Values = {}
 
 
-_COST = _message("expected cost, got {!r}; other values stand in cells, as `cell: value`")
-
-
-class Curve(_Part):
-    """A plot of the last metric of some cells against a setting of theirs or against what they cost.
-
-    Attributes:
-        label: how the x axis is called.
-        x: "cost", or None where `cells` says where each stands.
-        cells: name of a cell -> where it stands on the x axis; None for its measured cost.
-    """
-
-    label: Text
-    x: Annotated[Literal["cost"], _COST] | None = None
-    cells: dict[str, Number | None]
-
-    @field_validator("cells", mode="before")
-    @classmethod
-    def read_cells(cls, value: Any, info: ValidationInfo) -> dict:
-        by_cost = info.data.get("x") == "cost"
-        if not isinstance(value, list if by_cost else dict):
-            form = "a list of cells" if by_cost else "`cell: value` lines (or x: cost and a list of cells)"
-            raise ValueError(f"expected {form}, got {value!r}")
-        return {str(cell): None for cell in value} if by_cost else value
-
-    @property
-    def by_cost(self) -> bool:
-        return self.x == "cost"
-
-
-class Table(_Part):
+class Table(Part):
     """A table file, checked. `tasks` has one nameless task where the file has none."""
 
     name: Name = Field(alias="table")
@@ -163,7 +127,6 @@ class Table(_Part):
     base: Arguments = {}
     tasks: dict[Name, Task] = {"": Task()}
     cells: dict[Name, Cell]
-    curves: dict[Name, Curve] = {}
     family: list[Text] = []  # cells whose comparisons were planned together: their p values are also corrected
     smoke: Arguments = {}
     _path: Path
@@ -218,8 +181,6 @@ class Table(_Part):
             _check_known(f"cells.{name}.published.value", cell.published.value, self.tasks, "task")
             if cell.published.value and not cell.published.source:
                 raise ValueError(f"cells.{name}.published: source is missing")
-        for name, curve in self.curves.items():
-            _check_known(f"curves.{name}.cells", curve.cells, self.cells)
         _check_known("family", self.family, self.cells)
         return self
 
@@ -248,17 +209,23 @@ def load_table(path: Path) -> Table:
     Raises:
         UserError: what is wrong, with the file and the key.
     """
+    table = checked(Table, _read(path), path.name)
+    table._path = path
+    return table
+
+
+def checked(model: type[PartOf], content: Any, file: str) -> PartOf:
+    """A file's content, checked; a UserError names file and key."""
     try:
-        table = Table.model_validate(_read(path))
+        return model.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if part not in ("", "[key]"))
         own = {"missing": "this key is missing or empty"}
-        own |= dict.fromkeys(("dict_type", "model_type"), f"expected `key: value` lines, got {first['input']!r:.100}")
+        wrong = f"expected `key: value` lines, got {first['input']!r:.100}"
+        own |= dict.fromkeys(("dict_type", "model_type"), wrong)
         message = own.get(first["type"], first["msg"].removeprefix("Value error, "))
-        raise UserError(": ".join(filter(None, [path.name, key, message]))) from None
-    table._path = path
-    return table
+        raise UserError(": ".join(filter(None, [file, key, message]))) from None
 
 
 class _TextLoader(UniqueKeyLoader):
@@ -268,17 +235,11 @@ class _TextLoader(UniqueKeyLoader):
 
 
 def _read(path: Path) -> Any:
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
         return yaml.load(text, _TextLoader)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path.name}, line {line}: this is no UTF-8 text") from error
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"{path.name}, line {line}: {error.reason}") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise UserError(f"{path.name}, line {line}: {error.problem}") from error
+    except (yaml.reader.ReaderError, yaml.MarkedYAMLError) as error:
+        unreadable = isinstance(error, yaml.reader.ReaderError)
+        place = error.position if unreadable else error.problem_mark.index
+        reason = error.reason if unreadable else error.problem
+        raise UserError(f"{path.name}, line {text.count(chr(10), 0, place) + 1}: {reason}") from error
