@@ -74,13 +74,15 @@ def read_whole(paths: Sequence[Path]) -> tuple[Path, dict[str, Any], list[str]]:
         paths: the newest first.
 
     Raises:
-        UserError: none is; what is wrong with the newest that is there.
+        UserError: none is, with what is wrong with the newest that is there; one cannot be read.
     """
     errors = []
     for path in filter(Path.exists, paths):
         try:
             return path, read(path), [f"{error}; {path.name} is used instead" for error in errors]
         except UserError as error:
+            if isinstance(error.__cause__, OSError):  # it may be whole: no other one takes its place
+                raise
             errors.append(str(error).removesuffix(f"; {_RESTART}"))
     raise UserError(f"{errors[0]}; {_RESTART}")
 
