@@ -1,7 +1,7 @@
 """The checkpoint of a vision run: sealed when it is written, checked against its seal and the run when it is read."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,26 @@ def fingerprint(value: Any) -> str:
 def sealed(state: dict[str, Any]) -> dict[str, Any]:
     """A state with the fingerprint of its contents, which torch.load does not check."""
     return {**state, "sha256": fingerprint(state)}
+
+
+def read_whole(paths: Sequence[Path]) -> tuple[Path, dict[str, Any], list[str]]:
+    """(the first of a run's checkpoints that is whole, its state, what is to be said of those passed over).
+
+    Args:
+        paths: the newest first.
+
+    Raises:
+        UserError: none is, with what is wrong with the newest that is there; one cannot be read.
+    """
+    errors = []
+    for path in filter(Path.exists, paths):
+        try:
+            return path, read(path), [f"{error}; {path.name} is used instead" for error in errors]
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):  # it may be whole: no other one takes its place
+                raise
+            errors.append(str(error).removesuffix(f"; {_RESTART}"))
+    raise UserError(f"{errors[0]}; {_RESTART}")
 
 
 def read(path: Path) -> dict[str, Any]:

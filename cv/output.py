@@ -3,17 +3,27 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.run.errors import UserError
-from common.run.files import check_writable, remove_leftovers
+from common.run.files import check_writable, name_aside, remove_leftovers
 from common.run.lock import locked
 from common.run.reading import read_json
 
 CHECKPOINT = "checkpoint.pt"
+BEFORE = "checkpoint_before.pt"  # the one before it, for where it is damaged
 # all that a run writes, beside the lock and what is being written
-WRITTEN = (CHECKPOINT, "student", "student_best", "tracking", "config.json", "metrics.jsonl", "directions.jsonl")
+WRITTEN = (
+    CHECKPOINT,
+    BEFORE,
+    "student",
+    "student_best",
+    "tracking",
+    "config.json",
+    "metrics.jsonl",
+    "directions.jsonl",
+)
 WRITTEN += ("result.json",)
 _FORMER = ".former_run"  # an earlier run, while the one that replaces it has no checkpoint
 _MOVING = ".former_run_moves"  # the same, on its way there or back
@@ -59,7 +69,7 @@ class RunFolder:
                 removed is not known to be a run's.
         """
         there = [name for name in WRITTEN if (self.path / name).exists()]
-        if resume and CHECKPOINT not in there:
+        if resume and not {CHECKPOINT, BEFORE} & set(there):
             if not self._is_a_runs():
                 raise UserError(f"--resume: there is no {CHECKPOINT} in {self.path}")
             if self.main:
@@ -89,6 +99,14 @@ class RunFolder:
                 if (self.path / name).exists():
                     os.replace(self.path / name, self.path / _MOVING / name)
             os.replace(self.path / _MOVING, self.path / _FORMER)
+
+    def keep_checkpoint(self) -> None:
+        """Keep the checkpoint as the one before the next, at no cost, where the file system has hard links."""
+        path, aside = self.path / CHECKPOINT, name_aside(self.path / BEFORE)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+            os.link(path, aside)
+            os.replace(aside, self.path / BEFORE)
 
     def settle(self) -> None:
         """The new run has a checkpoint: the earlier one goes."""

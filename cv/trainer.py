@@ -31,7 +31,7 @@ from cv.dskd import build_dskd, layer_map, layer_pairs
 from cv.export import check_onnx_packages, export_onnx, load_model, save_model
 from cv.methods import METHODS, Distiller, build_distiller
 from cv.models import build_model
-from cv.output import CHECKPOINT, WRITTEN, RunFolder
+from cv.output import BEFORE, CHECKPOINT, WRITTEN, RunFolder
 from cv.reporting import baseline, cost, next_steps, recorded_accuracy, summary, warnings_before
 from cv.sync_bn import synchronise
 from cv.teachers import find_teacher, load_student, load_teacher
@@ -377,6 +377,7 @@ class _Run:
     def _save(self) -> None:
         self.progress.wall_seconds = time.perf_counter() - self.start
         state = checkpoint.sealed(self._state())
+        self.output.keep_checkpoint()
         write_aside(self.folder / CHECKPOINT, lambda path: torch.save(state, path))
         self.output.settle()
 
@@ -398,8 +399,9 @@ class _Run:
         return {"processes": processes, "training images": len(train), "classes": train.num_classes}
 
     def _load(self) -> None:
-        path = self.folder / CHECKPOINT
-        state = checkpoint.read(path)
+        path, state, passed = checkpoint.read_whole([self.folder / CHECKPOINT, self.folder / BEFORE])
+        for line in passed if self.accelerator.is_main_process else ():
+            print(f"note: {line}", flush=True)
         checkpoint.check(path, state, self.cfg, self._circumstances(), self.teacher_sha256, lambda: self.data_sha256)
         with checkpoint.restoring(path):
             checkpoint.load_weights(self.distiller, state["weights"])

@@ -41,6 +41,10 @@ class FaultError(AssertionError):
     """Something did not hold."""
 
 
+class MountError(Exception):
+    """The rights do not allow a small disk."""
+
+
 def check(holds: bool, *found: object) -> None:
     if not holds:
         raise FaultError(" ".join(map(str, found)))
@@ -89,7 +93,8 @@ def replaced(program: Program, folder: Path, draw: random.Random) -> int:
 def damaged(patterns: Sequence[str], program: Program, folder: Path, draw: random.Random) -> int:
     """A file of an unfinished run is cut off, changed or lost: the run ends as the whole one, or says what is wrong."""
     shutil.copytree(program.half, folder)
-    path = draw.choice(sorted(path for pattern in patterns for path in folder.glob(pattern)))
+    found = [path for pattern in patterns for path in folder.glob(pattern) if path.stat().st_size]
+    path = draw.choice(sorted(found))
     content, kind = bytearray(path.read_bytes()), draw.choice(("cut off", "flipped", "deleted", "noise"))
     if kind == "flipped":
         for _ in range(draw.choice((1, 8, 100))):
@@ -138,11 +143,11 @@ def full_disk(program: Program, folder: Path, draw: random.Random) -> int:
 
 @contextmanager
 def small_disk(place: Path) -> Iterator[Path]:
-    """A tmpfs; a PermissionError where none can be mounted."""
+    """A tmpfs; a MountError where there can be none."""
     place.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", f"size={_SMALL_DISK}", "none", str(place)]
     if shutil.which("mount") is None or subprocess.run(words, capture_output=True, check=False).returncode:
-        raise PermissionError("no mount")
+        raise MountError
     try:
         yield place
     finally:
@@ -181,10 +186,12 @@ def try_all(minutes: float, seed: int) -> tuple[list[dict], list[str]]:
                 row["held"] += 1
             except FaultError as error:
                 row["failures"].append({"seed": number, "found": str(error)[-2000:]})
-            except PermissionError:
+            except MountError:
                 left_out.append(case)
                 rows.pop((program.name, case))
                 continue
+            except Exception as error:  # of the comparison: what it needs is not there
+                row["failures"].append({"seed": number, "found": repr(error)[-2000:]})
             finally:
                 shutil.rmtree(place, ignore_errors=True)
             row["tried"] += 1

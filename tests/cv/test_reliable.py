@@ -305,6 +305,31 @@ def test_a_checkpoint_without_a_seal_must_still_be_whole(earlier, change, told):
     assert told in message
 
 
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(path.read_bytes()[:-50_000]), Path.unlink])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tmp_path, teacher, spoil, capsys):
+    whole = short_run(tmp_path / "whole", teacher, JOINED)
+    shutil.copytree(whole.folder, tmp_path / "run")
+    spoil(tmp_path / "run" / "checkpoint.pt")
+    capsys.readouterr()
+    ours = short_run(tmp_path / "run", teacher, JOINED, resume=True)
+    told = f"note: --resume: {tmp_path / 'run' / 'checkpoint.pt'} is "
+    assert (told in capsys.readouterr().out) == (spoil is not Path.unlink)
+    assert same_tensors(ours.checkpoint["weights"], whole.checkpoint["weights"])
+    assert column(ours, "loss") == column(whole, "loss")
+    assert ours.epochs == whole.epochs
+
+
+def test_where_both_checkpoints_are_damaged_the_newest_is_named(tmp_path):
+    short_run(tmp_path, None, f"{PLAIN} SOLVER.EPOCHS 2")
+    for name in ("checkpoint.pt", "checkpoint_before.pt"):
+        (tmp_path / name).write_bytes(b"noise")
+    message = refusal(short_config(tmp_path, None, f"{PLAIN} SOLVER.EPOCHS 3"), resume=True)
+    assert (
+        message
+        == f"--resume: {tmp_path / 'checkpoint.pt'} is not the checkpoint of a run; start again with --overwrite"
+    )
+
+
 def test_a_flipped_bit_is_noticed(earlier):
     path = earlier / "checkpoint.pt"
     content = bytearray(path.read_bytes())
