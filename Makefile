@@ -11,7 +11,7 @@ setup: .venv/current  ## make .venv with the tested versions; nothing to do when
 	$(BIN)/pip install --quiet --no-deps -e .
 	touch $@
 
-demo: setup  ## compress a text encoder and distil an image classifier; DEMO="--task RTE --data_dir glue/RTE" for GLUE
+demo: setup  ## few images from a teacher, then both recipes; DEMO="--full", DEMO="--task RTE --data_dir glue/RTE"
 	$(BIN)/python scripts/demo.py $(DEMO)
 
 test: setup  ## all tests, two at a time
