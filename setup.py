@@ -12,8 +12,8 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 PROGRAMS = [
     "torchvision>=0.20",
-    "transformers>=4.46,<6",
-    "accelerate>=1.1",
+    "transformers>=4.48,<6",
+    "accelerate>=1.3",
     "datasets>=3",
     "safetensors>=0.4.5",
     "numpy>=1.26",
@@ -27,8 +27,8 @@ PROGRAMS = [
     "jinja2>=3.1",
     "pyyaml>=6",
     "yacs>=0.1.8",
-    "tqdm>=4.66",
-    "tensorboard>=2.16",
+    "tqdm>=4.66.3",
+    "tensorboard>=2.17",
     "submitit>=1.5",
 ]
 
@@ -52,10 +52,10 @@ setup(
     install_requires=["torch>=2.5"],
     extras_require={
         "programs": PROGRAMS,
-        "onnx": ["onnx>=1.17", "onnxscript>=0.2", "onnxruntime>=1.20"],
+        "onnx": ["onnx>=1.17", "onnxscript>=0.6", "onnxruntime>=1.20"],
         "dev": [
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.6.1",
             "pytest-cov>=5",
             "hypothesis>=6.100",
             "ruff>=0.8",

@@ -1,12 +1,15 @@
 """A tiny random BERT on disk, a small task in the layout of RTE, and runs of the pipeline inside this process."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, PreTrainedTokenizerBase
 
 from bert_of_theseus.arguments import parse_arguments
@@ -20,8 +23,13 @@ LABELS = ("entailment", "not_entailment")
 LAYERS = 4
 
 
-def tiny_tokenizer(**settings) -> PreTrainedTokenizerBase:
-    return BertTokenizerFast(vocab={word: i for i, word in enumerate(VOCABULARY)}, model_max_length=64, **settings)
+def tiny_tokenizer(vocabulary: Sequence[str] = VOCABULARY, **settings) -> PreTrainedTokenizerBase:
+    settings = {"model_max_length": 64, **settings}
+    if transformers.__version__ >= "5":
+        return BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}, **settings)
+    with TemporaryDirectory() as folder:
+        Path(folder, "vocab.txt").write_text("\n".join(vocabulary))
+        return BertTokenizerFast(str(Path(folder, "vocab.txt")), **settings)
 
 
 def tiny_config(**settings) -> BertConfig:

@@ -8,7 +8,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import BertTokenizerFast, DataCollatorWithPadding
+from nlp_fixtures import tiny_tokenizer
+from transformers import DataCollatorWithPadding
 
 from bert_of_theseus.data import Examples, load_task_data, random_subset, selection_split, tokenize
 from bert_of_theseus.tasks import custom_task, get_task
@@ -23,7 +24,7 @@ SCORES = custom_task(["text"], "score", regression=True)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return BertTokenizerFast(vocab={word: i for i, word in enumerate(VOCABULARY)}, model_max_length=16)
+    return tiny_tokenizer(VOCABULARY, model_max_length=16)
 
 
 @pytest.fixture
