@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .attach import Attachment
-from .groups import Pairs, check_pairs, group_by_shape, naming_what_is_not_finite
+from .checks import check_pairs, naming_what_is_not_finite
+from .groups import Pairs, group_by_shape
 from .held import Held, check_intervals, hand_out
 from .matrices import in_layout_of, inner_product, largest_entries
 from .observed import ObservedStep
@@ -214,7 +215,6 @@ class DirectionSensitivityLoss(Reports, Saved):
                     value = value + losses.sum()
                     for row, D in zip(rows, D_mn, strict=True):
                         gradients[group.index[row]] = in_layout_of(self.students[group.index[row]], D)
-            each_step = self.grad_steps == 1 and not self.drift
-            offset = None if each_step else inner_product(gradients, [W.detach() for W in self.students])
+            offset = inner_product(gradients, self.students) if self.grad_steps > 1 or self.drift else None
         origin = [W.detach().clone() for W in self.students] if self.drift else []
         return Held(value, gradients, offset, self.steps, origin)

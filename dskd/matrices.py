@@ -69,6 +69,15 @@ def right_singular_of_unit(matrix: Tensor, driver: str, count: int | None = None
     return eigenvalues_q.flip(-1).clamp(min=0).sqrt(), basis_nq @ rotation_qq.flip(-1)
 
 
+def eigenbasis(unit_mn: Tensor, driver: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (rows, n), rising, and eigenvectors (rows, n, n) of A^T A."""
+    if driver == "svd":
+        sigma_n, V_nn = right_singular_of_unit(unit_mn, driver)
+        return sigma_n.square().flip(-1), V_nn.flip(-1)
+    lambda_n, V_nn = torch.linalg.eigh(unit_mn.mT @ unit_mn)
+    return lambda_n, V_nn
+
+
 def _random_start(matrix: Tensor, q: int) -> Tensor:
     """Gaussian (m, q), the same in every call and on every process."""
     generator = torch.Generator().manual_seed(0)

@@ -25,8 +25,8 @@ from ..held import hand_out
 from ..matrices import (
     check_driver,
     columns,
+    eigenbasis,
     right_singular,
-    right_singular_of_unit,
     shape_of,
     tall,
     unit_scale,
@@ -188,7 +188,7 @@ def _aligned(student_mn: Tensor, fixed: State, driver: str, smoothing: float) ->
     The student enters the second term as (A / a)^T and (A / a) around F * a^2, so that its unit a does not matter.
     """
     unit_mn, _ = unit_scale(student_mn)
-    lambda_n, V_nn = _eigenbasis(unit_mn, driver)  # sigma^2, rising
+    lambda_n, V_nn = eigenbasis(unit_mn, driver)  # sigma^2, rising
     if "index" in fixed:
         return _aligned_along_few(student_mn, unit_mn, fixed, lambda_n, V_nn, smoothing)
     P_nn = _projection(V_nn, fixed["root"])
@@ -218,15 +218,6 @@ def _aligned_along_few(
 def _projection(V_nn: Tensor, root_n: Tensor) -> Tensor:
     """P = V diag(p) V^T."""
     return (V_nn * root_n.unsqueeze(-2)) @ V_nn.mT
-
-
-def _eigenbasis(unit_mn: Tensor, driver: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (rows, n), rising, and eigenvectors (rows, n, n) of A^T A."""
-    if driver == "svd":
-        sigma_n, V_nn = right_singular_of_unit(unit_mn, driver)
-        return sigma_n.square().flip(-1), V_nn.flip(-1)
-    lambda_n, V_nn = torch.linalg.eigh(unit_mn.mT @ unit_mn)
-    return lambda_n, V_nn
 
 
 def _divided_differences(lambda_i: Tensor, lambda_j: Tensor, steps: Tensor, smoothing: float) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from dskd import Curvature, DirectionSensitivityLoss, groups
-from dskd.groups import check_pairs, group_by_shape
+from dskd.checks import check_pairs
+from dskd.groups import group_by_shape
 
 
 def weight(*shape: int, **how) -> nn.Parameter:

@@ -468,6 +468,12 @@ def test_pad_to_max_length_pads_every_batch_alike(tiny, tmp_path, monkeypatch): 
 # precision and compilation
 
 
+def test_a_predecessor_that_is_tuned_in_bf16_is_the_one_that_is_saved(tiny, tmp_path):  # noqa: F811
+    tuned = ("--finetune_predecessor", "--predecessor_num_train_epochs", "1", "--max_steps", "2")
+    execute(flags(tiny, tmp_path, "--bf16", *tuned, *DSKD))
+    assert (tmp_path / "student" / "config.json").exists()
+
+
 def test_bf16_runs_to_finite_losses_and_exports_single_precision(tiny, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # the Trainer may leave its choice in the environment
     execute(flags(tiny, tmp_path, "--bf16", "--max_steps", "4", *DSKD))

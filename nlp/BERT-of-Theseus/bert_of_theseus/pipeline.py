@@ -188,7 +188,7 @@ def _finetune_predecessor(args, task, tokenizer, model, datasets, folder: Path):
         metrics = flatten(trainer.evaluate()) if args.do_eval else {}
     except FloatingPointError as error:
         raise UserError(_diverged(error, args, "--predecessor_learning_rate")) from error
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # as one that is loaded
     if setup.process_index == 0:
         how = f"{depth(model)} layers, fine-tuned"
         try:
