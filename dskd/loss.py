@@ -199,12 +199,12 @@ class DirectionSensitivityLoss(Reports, Saved):
         return self.held
 
     @naming_what_is_not_finite
-    @torch.no_grad()
     def _expand(self) -> Held:
         """The exact loss and gradient at the present weights."""
         value, gradients = torch.zeros((), device=self.students[0].device), list(self.students)
         autocast = torch.autocast(self.students[0].device.type, enabled=False)
-        with torch.inference_mode(False), autocast:  # tensors of inference could not be held for the training
+        # tensors of inference could not be held for the training, and leaving it would enable gradients
+        with torch.inference_mode(False), torch.no_grad(), autocast:
             for group in self.groups:
                 group.start(self.reading, self.students)
                 for rows in group.rounds(range(len(group))):
