@@ -12,12 +12,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from common import ROOT
 from dskd import DirectionSensitivityLoss, Own
 from dskd.integrations.transformers import STATE, DskdTrainer, DskdTrainerMixin
+
+IN_ORDER = "train_sampling_strategy"
+if IN_ORDER not in vars(TrainingArguments):  # before transformers 5
+    Trainer._get_train_sampler = lambda self, *_: SequentialSampler(self.train_dataset)
 
 STEPS, BATCH, LENGTH, VOCABULARY, WEIGHT, CLIP = 20, 2, 6, 20, 0.1, 0.5
 LAYERS = ("self_attn.q_proj", "mlp.down_proj")
@@ -88,8 +92,9 @@ def arguments(folder, accumulation: int = 1, **settings) -> TrainingArguments:
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
-        "train_sampling_strategy": "sequential",
     }
+    if IN_ORDER in vars(TrainingArguments):
+        standard[IN_ORDER] = "sequential"
     return TrainingArguments(**{**standard, **settings})
 
 

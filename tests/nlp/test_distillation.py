@@ -11,10 +11,10 @@ from bert_of_theseus.distillation import DistilledModel, logit_loss, patient_los
 from bert_of_theseus.modeling import copied_layers
 
 
-def small_bert() -> BertForSequenceClassification:
+def small_bert(**settings) -> BertForSequenceClassification:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
-    return BertForSequenceClassification(BertConfig(vocab_size=30, **sizes)).eval()
+    return BertForSequenceClassification(BertConfig(vocab_size=30, **sizes, **settings)).eval()
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -51,10 +51,7 @@ def test_pkd_compares_after_every_layer_but_the_last():
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts():
-    teacher = small_bert()
-    for module in teacher.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    teacher = small_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     student = copied_layers(teacher, 2)
     model = DistilledModel(student, teacher, alpha=0.25, temperature=3.0, beta=7.0).train()
     ours = student(**batch(), output_hidden_states=True)

@@ -82,7 +82,8 @@ def test_its_config_has_the_layers_and_the_labels(exported):
 
 
 def test_nothing_in_it_is_a_pickle(exported):
-    assert {path.suffix for path in exported.student.iterdir()} == {".json", ".md", ".safetensors"}
+    kinds = {path.suffix for path in exported.student.iterdir()}
+    assert kinds - {".txt"} == {".json", ".md", ".safetensors"}  # .txt: a vocabulary, before transformers 5
 
 
 def test_its_card_says_how_it_was_made_and_how_good_it_is(exported):
