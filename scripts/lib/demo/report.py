@@ -66,7 +66,7 @@ def size_mb(folder: Path) -> float:
 
 
 def text_latency(folder: Path, texts: list[str]) -> float:
-    """Median milliseconds for one text at a time, tokenisation included."""
+    """Median milliseconds for one text at a time on a thread, tokenisation included."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -78,7 +78,7 @@ def text_latency(folder: Path, texts: list[str]) -> float:
 
 
 def image_latency(folder: Path) -> float:
-    """Median milliseconds for one image at a time."""
+    """Median milliseconds for one image at a time on a thread."""
     import torch
 
     from cv.export import load_model
@@ -162,5 +162,8 @@ def plot(folder: Path, parts: list[Part]) -> None:
 
 
 def _median_ms(work: Callable[[], object]) -> float:
-    """Of 30 calls, after 5 to warm up."""
+    """Of 30 calls on one thread, after 5 to warm up."""
+    import torch
+
+    torch.set_num_threads(1)
     return 1e3 * statistics.median(timeit.repeat(work, number=1, repeat=35)[5:])
