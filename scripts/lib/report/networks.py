@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from common.run.errors import UserError
-from common.run.reading import read_json
+from common.run.reading import read_json, reading
 from scripts.lib.report.load import Run
 
 Pairs = list[tuple[str, Tensor, Tensor]]
@@ -83,8 +82,5 @@ def _encoder(folder: Path) -> nn.Module:
 
     logging.set_verbosity_error()  # of the head that is left out
     logging.disable_progress_bar()
-    try:
+    with reading(folder, "a transformers model"):
         return AutoModel.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{folder} cannot be read as a transformers model: {reason}") from None
