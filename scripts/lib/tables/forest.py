@@ -153,7 +153,8 @@ def draw(lines: Sequence[Line], folder: Path, name: str = "forest", unit: str = 
         headings.append((y, group))
         places += [(y + 1 + i, STYLES[(len(headings) - 1) % len(STYLES)]) for i, _ in enumerate(mine)]
         y = places[-1][0] + 1.4
-    with drawn(folder, name, (8.6, 0.6 + 0.2 * y)) as figure:
+    longest = max((len(line.label) for line in lines), default=0)
+    with drawn(folder, name, (max(8.6, 5.2 + longest / 16), 0.6 + 0.2 * y)) as figure:
         axis = figure.subplots()
         for (place, style), line in zip(places, lines, strict=True):
             _draw_line(axis, place, line, limit, *style)
