@@ -9,7 +9,7 @@ python scripts/benchmark.py nlp         examples per second and metric beside th
 python scripts/benchmark.py all         all of these
 """
 
-from importlib import import_module
+from pkgutil import resolve_name
 
 import _paths  # noqa: F401
 
@@ -18,14 +18,14 @@ from common.run.numbers import Number
 from scripts.lib.benchmark.command import command, parse
 
 TASKS = ("RTE", "MRPC", "CoLA", "SST-2")
-# a module of scripts/lib/benchmark, imported when its turn comes, and what its `run` takes after (output, quick)
+# a function of scripts/lib/benchmark, imported when its turn comes, and what it takes after (output, quick)
 PARTS = {
-    "startup": ("startup", ()),
-    "method": ("method", ()),
-    "curvature": ("curvature", ()),
-    "growth": ("growth", ()),
-    "cv": ("loops", ("cifar100",)),
-    "nlp": ("glue", ("glue", "model", "tasks", "seeds", "block", "precision")),
+    "startup": ("startup:run", ()),
+    "method": ("method:run", ()),
+    "curvature": ("method:run_curvature", ()),
+    "growth": ("growth:run", ()),
+    "cv": ("loops:run", ("cifar100",)),
+    "nlp": ("glue:run", ("glue", "model", "tasks", "seeds", "block", "precision")),
 }
 
 
@@ -40,8 +40,8 @@ def main() -> None:
     nlp.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of both loops (default: bf16)")
     args = parse(parser)
     for name in PARTS if args.what == "all" else [args.what]:
-        module, more = PARTS[name]
-        run = import_module(f"scripts.lib.benchmark.{module}").run
+        place, more = PARTS[name]
+        run = resolve_name(f"scripts.lib.benchmark.{place}")
         print(run(args.output, args.quick, *(getattr(args, key) for key in more)), flush=True)
 
 

@@ -21,10 +21,9 @@ from common.run.files import check_writable
 from common.run.numbers import Number
 from common.run.suggest import suggest
 from scripts.lib.tables.collect import collect, keys, read_rows, recognised, write_rows
-from scripts.lib.tables.forest import write_forest
+from scripts.lib.tables.forest import draw_table, write_forest
 from scripts.lib.tables.launch import launch, unfinished
 from scripts.lib.tables.plan import Run, plan, short
-from scripts.lib.tables.plot import plot
 from scripts.lib.tables.render import render
 from scripts.lib.tables.summary import summarize
 from scripts.lib.tables.table import Table, find_table, load_table
@@ -51,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--smoke", action="store_true", help="every run for seconds, all in outputs/reproduce-smoke")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--render-only", action="store_true", help="render what is finished, run nothing")
-    text = "besides table.md: LaTeX, CSV, and a plot of the rows as PNG and SVG"
+    text = "besides table.md: LaTeX, CSV, and a plot of the differences as PNG and SVG"
     parser.add_argument("--formats", nargs="+", choices=("tex", "csv", "plots"), default=[], help=text)
     text = "rows of runs.csv by the same commands and --set values count as finished, even without their folders"
     parser.add_argument("--keep-rows", action="store_true", help=text)
@@ -115,8 +114,7 @@ def main() -> None:
         render(table, summary, rows, results, args.formats)
         files = ["runs.csv", "table.md", *(f"table.{kind}" for kind in ("tex", "csv") if kind in args.formats)]
         if "plots" in args.formats:
-            plot(table, summary, rows, results)
-            files += ["table.png", "table.svg"]
+            files += draw_table(table, rows, results)
         print(f"{len(rows)} runs in {short(results)}: {', '.join(files)}")
     else:
         nothing = "has measured anything" if len(rows) else "has finished"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -36,34 +36,23 @@ INTERVALS = (1, 2, 5, 10, 20, 50, 100)
 Stages = Mapping[str, Collection[int]]  # name -> the steps after which an exact gradient is kept, 0 being the start
 
 
-class Plan(NamedTuple):
-    """A run's length in the words of its program, and where it is looked at."""
-
-    words: str
-    stages: Stages
-
-
 def _stages(**choices: Sequence[int]) -> Stages:
     """Looked at right after the choices, and at three moments before the next ones."""
     return {name: [step + phase for step in steps for phase in (0, 25, 50, 75)] for name, steps in choices.items()}
 
 
+# what a run is in the words of its program; the choices of directions are 100 steps apart, an epoch of images has 300
+WORDS = {
+    "cv": "DATASET.SUBSET 19200 SOLVER.EPOCHS 4 SOLVER.LR_DECAY_STAGES [2,3] DSKD.SVD_STEPS 100",
+    "nlp": "--max_steps 300 --svd_steps 100",
+}
 _RATES = {"lr 0.05": (100, 300, 500), "lr 0.005": (600, 700, 800), "lr 0.0005": (900, 1000, 1100)}
-PLANS = {  # 300 steps an epoch; the choices of both are 100 steps apart
-    "cv": Plan(
-        "DATASET.SUBSET 19200 SOLVER.EPOCHS 4 SOLVER.LR_DECAY_STAGES [2,3] DSKD.SVD_STEPS 100",
-        _stages(beginning=(0,), **_RATES),
-    ),
-    "nlp": Plan("--max_steps 300 --svd_steps 100", _stages(beginning=(0,), middle=(100,), end=(200,))),
+STAGES = {"cv": _stages(beginning=(0,), **_RATES), "nlp": _stages(beginning=(0,), middle=(100,), end=(200,))}
+QUICK_WORDS = {
+    "cv": "DATASET.SUBSET 16 SOLVER.BATCH_SIZE 4 SOLVER.EPOCHS 3 SOLVER.LR_DECAY_STAGES [1,2] DSKD.SVD_STEPS 4",
+    "nlp": "--max_steps 12 --svd_steps 4 --per_gpu_train_batch_size 4 --max_seq_length 32",
 }
-_QUICK_STAGES = {"beginning": (0, 2), "middle": (4, 6), "end": (8, 10)}
-QUICK = {
-    "cv": Plan(
-        "DATASET.SUBSET 16 SOLVER.BATCH_SIZE 4 SOLVER.EPOCHS 3 SOLVER.LR_DECAY_STAGES [1,2] DSKD.SVD_STEPS 4",
-        _QUICK_STAGES,
-    ),
-    "nlp": Plan("--max_steps 12 --svd_steps 4 --per_gpu_train_batch_size 4 --max_seq_length 32", _QUICK_STAGES),
-}
+QUICK_STAGES = {name: {"beginning": (0, 2), "middle": (4, 6), "end": (8, 10)} for name in STAGES}
 TITLES = {"cv": "CIFAR-100, ResNet56 -> ResNet20, KD", "nlp": "RTE, BERT with half of its layers"}
 
 
@@ -188,7 +177,7 @@ def followed(module: ModuleType, maker: str, stages: Stages, train: Callable[[],
     return found[0]
 
 
-def follow_cv(plan: Plan, cifar100: str, random_teacher: bool) -> HeldGradient:
+def follow_cv(words: str, stages: Stages, cifar100: str, random_teacher: bool) -> HeldGradient:
     """ResNet56 -> ResNet20 by KD with DSKD, in fewer steps than in configs/cifar100."""
     from cv import trainer
     from cv.config import load_config
@@ -196,36 +185,36 @@ def follow_cv(plan: Plan, cifar100: str, random_teacher: bool) -> HeldGradient:
     from cv.models import build_model
 
     with TemporaryDirectory() as folder:
-        words = f"OUTPUT_DIR {folder}/run LOG.TRACKERS [] LOG.PROGRESS false SOLVER.EVAL_EPOCHS 4 {plan.words}"
-        words += " DSKD.ENABLED true DSKD.RANK 0"
-        cfg = load_config(RECIPE, [*words.split(), "DATASET.ROOT", cifar100])
+        more = f"OUTPUT_DIR {folder}/run LOG.TRACKERS [] LOG.PROGRESS false SOLVER.EVAL_EPOCHS 4 {words}"
+        more += " DSKD.ENABLED true DSKD.RANK 0"
+        cfg = load_config(RECIPE, [*more.split(), "DATASET.ROOT", cifar100])
         if random_teacher:
             save_model(build_model("resnet56", 100), "resnet56", f"{folder}/teacher")
             cfg.DISTILLER.TEACHER_CKPT = f"{folder}/teacher"
-        return followed(trainer, "build_dskd", plan.stages, lambda: trainer.train(cfg))
+        return followed(trainer, "build_dskd", stages, lambda: trainer.train(cfg))
 
 
-def follow_nlp(plan: Plan, glue: str, model: str) -> HeldGradient:
+def follow_nlp(words: str, stages: Stages, glue: str, model: str) -> HeldGradient:
     """Module replacing on RTE to half of the layers with DSKD."""
     from bert_of_theseus import pipeline
     from bert_of_theseus.arguments import parse_arguments
 
     with TemporaryDirectory() as folder:
-        words = f"--output_dir {folder}/run --do_train --task_name RTE --bf16 --report_to none --disable_tqdm"
-        words += " --finetune_predecessor --predecessor_num_train_epochs 0.5 --learning_rate 2e-5 --replacing_rate 0.3"
-        words += f" --scheduler_linear_k 0.0003 --ifsvd --rank_size 32 {plan.words}"
-        args = parse_arguments([*words.split(), "--model_name_or_path", model, "--data_dir", f"{glue}/RTE"])
-        return followed(pipeline, "build_loss", plan.stages, lambda: pipeline.run(args))
+        more = f"--output_dir {folder}/run --do_train --task_name RTE --bf16 --report_to none --disable_tqdm"
+        more += " --finetune_predecessor --predecessor_num_train_epochs 0.5 --learning_rate 2e-5 --replacing_rate 0.3"
+        more += f" --scheduler_linear_k 0.0003 --ifsvd --rank_size 32 {words}"
+        args = parse_arguments([*more.split(), "--model_name_or_path", model, "--data_dir", f"{glue}/RTE"])
+        return followed(pipeline, "build_loss", stages, lambda: pipeline.run(args))
 
 
 def main() -> None:
     args = parse(command(__doc__, "--cifar100", "--glue", "--model"))
-    plans = QUICK if args.quick else PLANS
+    words, stages = (QUICK_WORDS, QUICK_STAGES) if args.quick else (WORDS, STAGES)
     runs = {
-        "cv": follow_cv(plans["cv"], args.cifar100, args.quick),
-        "nlp": follow_nlp(plans["nlp"], args.glue, args.model),
+        "cv": follow_cv(words["cv"], stages["cv"], args.cifar100, args.quick),
+        "nlp": follow_nlp(words["nlp"], stages["nlp"], args.glue, args.model),
     }
-    results = {name: {"run": f"{TITLES[name]}: {plans[name].words}", **summary(held)} for name, held in runs.items()}
+    results = {name: {"run": f"{TITLES[name]}: {words[name]}", **summary(held)} for name, held in runs.items()}
     path = write("exactness", {"model": args.model, **results}, args.output)
     with drawn(args.output, "exactness", (9, 3.6)) as figure:
         for panel, (name, held) in zip(figure.subplots(1, 2), runs.items(), strict=True):

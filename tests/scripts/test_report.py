@@ -394,7 +394,7 @@ def test_a_broken_student_is_said_in_a_line(tmp_path, monkeypatch, tiny):  # noq
     folder = text_run(tmp_path, model_name_or_path=str(tiny.model))
     shutil.copytree(tiny.model, folder / "student")
     (folder / "student" / "model.safetensors").write_bytes(b"torn")
-    assert f"Left out: {folder / 'student'} cannot be read" in page_of(monkeypatch, folder)
+    assert f"Left out: {folder / 'student'} is not a transformers model" in page_of(monkeypatch, folder)
 
 
 def test_updates_of_unknown_singular_values_have_no_spectra(tmp_path, monkeypatch):

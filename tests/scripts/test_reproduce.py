@@ -21,11 +21,10 @@ from submitit.core.utils import FailedJobError
 from common import ROOT
 from common.run.errors import UserError, run_cli
 from scripts import reproduce
+from scripts.lib.tables import forest
 from scripts.lib.tables import launch as launching
-from scripts.lib.tables import plot as plots
 from scripts.lib.tables.launch import unfinished
 from scripts.lib.tables.plan import SCRIPTS, Run, plan
-from scripts.lib.tables.plot import metric_name
 from scripts.lib.tables.summary import holm, paired_difference
 from scripts.lib.tables.table import FOLDER, load_table
 
@@ -303,31 +302,24 @@ def test_a_label_is_text_and_no_formula_or_argument(run):
     assert "[b] cut at $5%_$" in (run.results / "table.svg").read_text()
 
 
-@pytest.mark.parametrize(
-    ("metric", "scale", "name"), [("top1", 1, "top-1 (%)"), ("pearson", 100, "pearson x 100"), ("loss", 1, "loss")]
-)
-def test_axes_say_in_what_unit_a_metric_is(metric, scale, name):
-    assert metric_name(metric, scale) == name
-
-
-def test_the_plot_says_mean_and_spread_of_every_cell(run):
+def test_the_plot_says_the_interval_of_every_difference(run):
     run("--seeds", 3)
     text = (run.results / "table.svg").read_text()
-    assert ">4.00 ± 2.00<" in text
-    assert ">accuracy<" in text
+    assert ">+2.00 [-0.48, +4.48]<" in text
+    assert ">Second minus First (3)<" in text
 
 
 def test_one_cell_far_from_all_others_does_not_squeeze_the_plot(run, monkeypatch):
     from matplotlib.figure import Figure
 
     figure = Figure()
-    monkeypatch.setattr(plots, "drawn", lambda *_: nullcontext(figure))
-    far = "".join(f"  c{last}: {{label: C, args: {{last: [{last}]}}}}\n" for last in (2, 4, 3, 900))
-    run("--seeds", 2, table=TABLE.replace("smoke:", f"{far}smoke:"))
+    monkeypatch.setattr(forest, "drawn", lambda *_: nullcontext(figure))
+    near = "".join(f"  c{i}: {{label: C, args: {{last: [2, 4, {i}]}}}}\n" for i in range(2, 11))
+    far = "  far: {label: Far, args: {last: 900}}\n"
+    run("--seeds", 2, table=TABLE.replace("smoke:", f"{near}{far}smoke:"))
     (panel,) = figure.axes
     low, high = panel.get_xlim()
-    assert low < 1
-    assert 4 < high < 10
+    assert 5 < -low == high < 100
     assert [line.get_xdata()[0] for line in panel.lines if line.get_marker() == ">"] == [high]
 
 
@@ -554,7 +546,6 @@ def test_a_file_where_a_folder_is_to_be_is_named_before_anything_runs(run, tmp_p
     [
         ("[]", "holds a list, not a dict; without its folder it is run again"),
         ('{"last": "much"}', "last is 'much'; a number, or null for none, is needed"),
-        ('{"throughput": "12 it/s"}', "throughput is '12 it/s'; a number, or null for none, is needed"),
     ],
 )
 def test_a_result_of_no_use_is_named_and_spoils_no_table(run, capsys, result, message):

@@ -40,15 +40,8 @@ def run(
     for name in tasks:
         runs = [_train(Path(glue) / name, model, seed, precision, **size) for seed in range(1, seeds + 1)]
         results[name] = _task_results(runs, size["batch"] * size["block"])
-    case = {
-        "case": f"fine-tuning all layers of {Path(model).name}, batch {size['batch']}, at most {LENGTH} tokens",
-        "precision": precision,
-        "steps": size["blocks"] * size["block"],
-        "steps_per_block": size["block"],
-        "seeds": seeds,
-        "learning_rate": LEARNING_RATE,
-    }
-    path = write("nlp", {**case, "tasks": results}, folder)
+    case = f"fine-tuning all layers of {Path(model).name}, at most {LENGTH} tokens, learning rate {LEARNING_RATE}"
+    path = write("nlp", {"case": case, "precision": precision, "seeds": seeds, **size, "tasks": results}, folder)
     return f"{table([_row(name, result) for name, result in results.items()])}\n\n{path}"
 
 

@@ -1,7 +1,6 @@
 """How the cost of DSKD grows: with the size of the matrices, the rank, the number of pairs, and the number of ranks."""
 
 import multiprocessing
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +10,7 @@ import torch.distributed as dist
 
 from common.run.figures import drawn
 from scripts.lib.benchmark.method import GLUE, Case, parts, svd_in_every_step
-from scripts.lib.benchmark.timing import medians, summaries, table, write
+from scripts.lib.benchmark.timing import medians, summaries, write
 
 _LABELS = {
     "size": "columns and rows of a matrix (4 pairs, rank 32)",
@@ -22,27 +21,17 @@ _LABELS = {
 
 
 def run(folder: Path, quick: bool) -> str:
-    """Seconds of the parts along four lines; writes growth.json, .png and .svg, returns the tables."""
-    repeats, shrink = (1, 8) if quick else (5, 1)
+    """Seconds of the parts along four lines; writes growth.json, .png and .svg, returns their place."""
+    repeats, shrink, ranks = (1, 8, (1, 8, 64)) if quick else (5, 1, (4, 16, 64, 256, 512))
     lines = {
-        "size": {n: _seconds(n, 4, 32, repeats) for n in _shrunk((128, 256, 512, 768, 1024), shrink)},
-        "rank": {k: _seconds(512 // shrink, 4, k, repeats) for k in _shrunk((4, 16, 64, 256, 512), shrink)},
+        "size": {n // shrink: _seconds(n // shrink, 4, 32, repeats) for n in (128, 256, 512, 768, 1024)},
+        "rank": {k: _seconds(512 // shrink, 4, k, repeats) for k in ranks},
         "pairs": {count: _seconds(256 // shrink, count, 32, repeats) for count in (1, 4, 16, 36)},
-        "processes": {ranks: _seconds_with_ranks(ranks, 512 // shrink, 8, repeats) for ranks in (1, 2)},
+        "processes": {count: _seconds_with_ranks(count, 512 // shrink, 8, repeats) for count in (1, 2)},
     }
     path = write("growth", {"unit": "median seconds", "lines": lines}, folder)
     _plot(lines, folder)
-    texts = []
-    for name, line in lines.items():
-        cells = {
-            x: {f"{part}, ms": f"{1000 * value:.3g}" for part, value in found.items()} for x, found in line.items()
-        }
-        texts += [f"{_LABELS[name]}:", table([{name: str(x), **row} for x, row in cells.items()])]
-    return "\n\n".join([*texts, str(path)])
-
-
-def _shrunk(values: Sequence[int], by: int) -> list[int]:
-    return sorted({max(value // by, 1) for value in values})
+    return str(path)
 
 
 def _seconds(n: int, count: int, rank: int, repeats: int, rival: bool = True) -> dict[str, float]:

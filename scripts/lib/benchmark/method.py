@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from common.settings import SETTINGS, by_name
 from common.svd_loss import build_loss
@@ -16,7 +19,6 @@ from dskd import DirectionSensitivityLoss, pair_weights
 from dskd.groups import Pairs
 from dskd.matrices import DRIVERS
 from scripts.lib.benchmark.loops import OurLoop, random_images
-from scripts.lib.benchmark.memory import peak_above, storages
 from scripts.lib.benchmark.timing import medians, summaries, table, write
 
 # the defaults of the two programs, by the settings' names
@@ -167,8 +169,30 @@ def run(folder: Path, quick: bool) -> str:
     return f"{table(rows)}\n\n{path}"
 
 
+def run_curvature(folder: Path, quick: bool) -> str:
+    """ResNet56 -> ResNet20 along the curvature, renewed in every step as in its recipe, and less often; the table."""
+    often = {**CIFAR, "basis": "curvature", "svd_steps": 1, "grad_steps": 1, "drift": 0.0}
+    rarer = {**often, "svd_steps": 4, "grad_steps": 2}  # a row of configs/tables/cifar100_few_ablation.yaml
+    case = resnet_case(4 if quick else 64)
+    _, works = parts(case, **often)
+    repeats = 2 if quick else 20
+    # the step by itself and last: it clears the gradients, of which the curvature is made
+    seconds = summaries(works, repeats) | summaries({"step": case.step}, repeats)
+    typical = medians(seconds)
+    share, share_rarer = (cost_per_step(typical, settings) / typical["step"] for settings in (often, rarer))
+    shares = {"share_of_step": share, "share_of_step_svd_steps_4_grad_steps_2": share_rarer}
+    path = write("curvature", {"case": case.name, "seconds": seconds, **shares}, folder)
+    names = {"step": "training step", "choose directions": "curvature", "expand": "gradient", "held": "held loss"}
+    row = {"recipe": case.name, **{f"{names[name]}, s": f"{median:.3g}" for name, median in typical.items()}}
+    row |= {"share": f"{100 * share:.2f}%", "share, curvature every 4 steps": f"{100 * share_rarer:.2f}%"}
+    return f"{table([row])}\n\n{path}"
+
+
 def _peak_of_a_refresh(case: Case) -> int:
-    """Bytes that a loss made from nothing needs at most in a choice and the expansion after it."""
+    """Bytes that a loss made from nothing needs at most in a choice and the expansion after it, above what there was.
+
+    Those of the tensors at the moment when most of them are alive.
+    """
 
     def work() -> None:
         _, works = parts(case)
@@ -177,4 +201,37 @@ def _peak_of_a_refresh(case: Case) -> int:
         works["expand"]()
 
     inputs = sum(2 * student.nbytes for _, student, _ in case.pairs)  # the update and the gradient that `parts` draws
-    return peak_above(work) - inputs
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before - inputs
+    with _Alive() as alive:
+        work()
+    return alive.peak - inputs
+
+
+def storages(tree: object) -> dict[int, torch.UntypedStorage]:
+    """The memory of all tensors in nested containers, once where several share it."""
+    found = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return {storage._cdata: storage for storage in found}
+
+
+class _Alive(TorchDispatchMode):
+    """Follows the storages of new tensors. On the host resident memory says less: malloc keeps what is freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self._storages = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = storages((args, kwargs))
+        for key, storage in storages(result).items():
+            if key not in given:
+                self._storages[key] = (StorageWeakRef(storage), storage.nbytes())
+        self._storages = {key: held for key, held in self._storages.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
+        return result

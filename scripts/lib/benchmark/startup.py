@@ -4,7 +4,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from common import ROOT
@@ -36,7 +36,8 @@ def run(folder: Path, quick: bool) -> str:
         f"{Path(CV).name} --help": [CV, "--help"],
         **REFERENCES,
     }
-    works = {name: _to_the_end(words) for name, words in commands.items()}
+    quietly = {"cwd": ROOT, "check": True, "stdout": subprocess.DEVNULL}
+    works = {name: partial(subprocess.run, [sys.executable, *words], **quietly) for name, words in commands.items()}
     first = f"first training step on digits ({Path(CV).name})"
     commands[first] = [CV, "--cfg", "configs/demo/vanilla.yaml", *FIRST_STEP.split()]
     works[first] = lambda: _first_step(commands[first])
@@ -45,10 +46,6 @@ def run(folder: Path, quick: bool) -> str:
     path = write("startup", {"seconds": results, "commands": named}, folder)
     rows = [{"command": name, **columns("seconds", result, 2)} for name, result in results.items()]
     return f"{table(rows)}\n\n{path}"
-
-
-def _to_the_end(words: list[str]) -> Callable[[], object]:
-    return lambda: subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def _first_step(words: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -85,8 +84,5 @@ def _encoder(folder: Path) -> nn.Module:
 
     logging.set_verbosity_error()  # of the head that is left out
     logging.disable_progress_bar()
-    try:
+    with reading(folder, "a transformers model"):
         return AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{folder} cannot be read as a transformers model: {reason}") from None

@@ -8,7 +8,7 @@ import pandas as pd
 
 from common.run.errors import UserError
 from common.run.files import write_text
-from common.run.reading import read_json
+from common.run.reading import read_json, reading
 from scripts.lib.tables.plan import Run, pairs, portable
 
 KEY = ["task", "cell", "seed", "command", "placeholders"]
@@ -22,23 +22,18 @@ def read_rows(path: Path) -> pd.DataFrame:
     """
     if not path.exists():
         return pd.DataFrame(columns=KEY)
-    try:
+    with reading(path, "a table of runs"):
         # texts, so that they are written again as they were; None and NA are names of cells like any other
         rows = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
     missing = [column for column in (*KEY, "last", "best") if column not in rows.columns]
     if missing:
         raise UserError(f"{path} has no column {missing[0]!r}")
-    for name in ("seed", "last", "best", "throughput"):
-        texts = rows.get(name, pd.Series(dtype=str))
-        if name == "seed":
-            valid = texts.str.fullmatch(r"\d{1,18}", na=False)
-        else:
-            valid = texts.isna() | pd.to_numeric(texts, errors="coerce").notna()
-        if not valid.all():
-            line, kind = valid.argmin(), "whole number" if name == "seed" else "number"
-            raise UserError(f"{path}, line {line + 2}: {name} is {texts[line]!r}; give a {kind}")
+    valid = {name: rows[name].isna() | pd.to_numeric(rows[name], errors="coerce").notna() for name in ("last", "best")}
+    valid["seed"] = rows["seed"].str.fullmatch(r"\d{1,18}", na=False)
+    for name, good in valid.items():
+        if not good.all():
+            line, kind = good.argmin(), "whole number" if name == "seed" else "number"
+            raise UserError(f"{path}, line {line + 2}: {name} is {rows[name][line]!r}; give a {kind}")
     return rows.fillna({"task": "", "placeholders": ""}).astype({"seed": int})
 
 
@@ -92,7 +87,7 @@ def _row(run: Run) -> dict[str, Any]:
     missing = [name for name in ("metric", "last", "best") if name not in result]
     if missing:
         raise UserError(f"{path} has no {missing[0]!r}, which tables are made of")
-    for name in ("last", "best", "throughput"):
+    for name in ("last", "best"):
         if result.get(name) is not None and not isinstance(result[name], int | float):
             raise UserError(f"{path}: {name} is {result[name]!r}; a number, or null for none, is needed")
     row: dict[str, Any] = {"task": run.task, "cell": run.cell, "seed": run.seed}

@@ -1,4 +1,4 @@
-"""Differences of many tables in one figure and in the pages that show it, all from the rows in results/*/runs.csv."""
+"""Differences of one table or of many in a figure, and in the pages that show it, from the rows of runs.csv."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from scripts.lib.tables.table import Part, Table, checked, find_table, load_tabl
 
 RESULTS = ROOT / "results"
 TABLES_PAGE = ROOT / "docs" / "tables.md"
-LIMIT = 2.9  # points at which the axis ends; what lies beyond is an arrow
+LIMIT = 2.9  # points
 STYLES = (("C0", "o"), ("C9", "s"), ("C1", "D"), ("C3", "^"), ("0.4", "v"))  # of the groups, in turn
 
 
@@ -94,18 +94,14 @@ def compare(row: Row, group: str = "") -> Line:
     return Line(group, row.label, row.setting, row.table, steps=steps, **paired_difference(ours, theirs))
 
 
-def lines_of(names: Sequence[str]) -> list[Line]:
-    """All differences that some tables show, with an interval or without."""
+def lines_of(name: str, table: Table, rows: pd.DataFrame) -> list[Line]:
+    """All differences that a table shows, with an interval or without."""
     lines = []
-    for name in names:
-        table, rows = _table(name)
-        if rows.empty:
-            raise UserError(f"results/{table.name} has no rows: nothing of this table has been run")
-        for line in summarize(table, rows).dropna(subset="difference").itertuples():
-            both = [line.label, table.cells[line.versus].label]
-            label = f"{line.task}: " * bool(line.task) + " minus ".join(both[::-1] if line.turned else both)
-            figures = (line.pairs, line.difference, line.low, line.high, line.p)
-            lines.append(Line(table.title, label, "", name, *figures, holm=line.holm))
+    for line in summarize(table, rows).dropna(subset="difference").itertuples():
+        both = [line.label, table.cells[line.versus].label]
+        label = f"{line.task}: " * bool(line.task) + " minus ".join(both[::-1] if line.turned else both)
+        figures = (line.pairs, line.difference, line.low, line.high, line.p)
+        lines.append(Line(table.title, label, "", name, *figures, holm=line.holm))
     return lines
 
 
@@ -133,7 +129,10 @@ def write_forest(names: Sequence[str], folder: Path | None) -> list[Path]:
     folder = folder or (ROOT / "outputs" / "forest" if names else RESULTS)
     changed = {}
     if names:
-        lines = lines_of(names)
+        for name in names:
+            if _table(name)[1].empty:
+                raise UserError(f"results/{name} has no rows: nothing of this table has been run")
+        lines = [line for name in names for line in lines_of(name, *_table(name))]
     else:
         front = read_front()
         lines = front_lines(front)
@@ -144,20 +143,24 @@ def write_forest(names: Sequence[str], folder: Path | None) -> list[Path]:
     return [folder / "forest.png", folder / "forest.svg", *changed]
 
 
-def draw(lines: Sequence[Line], folder: Path) -> None:
-    """`forest.png` and `.svg`: a difference a line, its 95% interval beside it, better to the right."""
+def draw(lines: Sequence[Line], folder: Path, name: str = "forest", unit: str = "points", limit: float = LIMIT) -> None:
+    """`NAME.png` and `.svg`: a difference a line, its 95% interval beside it, better to the right.
+
+    limit: where the axis ends; what lies beyond is an arrow.
+    """
     places, headings, y = [], [], 0.0
     for group, mine in groupby(lines, lambda line: line.group):
         headings.append((y, group))
         places += [(y + 1 + i, STYLES[(len(headings) - 1) % len(STYLES)]) for i, _ in enumerate(mine)]
         y = places[-1][0] + 1.4
-    with drawn(folder, "forest", (8.6, 0.6 + 0.2 * y)) as figure:
+    longest = max((len(line.label) for line in lines), default=0)
+    with drawn(folder, name, (max(8.6, 5.2 + longest / 16), 0.6 + 0.2 * y)) as figure:
         axis = figure.subplots()
         for (place, style), line in zip(places, lines, strict=True):
-            _draw_line(axis, place, line, *style)
+            _draw_line(axis, place, line, limit, *style)
         axis.axvline(0, color="0.3", linewidth=0.8, zorder=0)
-        axis.set(xlim=(-LIMIT, LIMIT), ylim=(y - 0.6, -0.8))
-        axis.set_xlabel("points, mean and 95% CI; better to the right; in brackets: seeds")
+        axis.set(xlim=(-limit, limit), ylim=(y - 0.6, -0.8))
+        axis.set_xlabel(f"{unit}, mean and 95% CI; better to the right; in brackets: seeds")
         axis.set_yticks([place for place, _ in places], [f"{plain(line.label)} ({line.pairs})" for line in lines])
         beside = {"xycoords": ("figure fraction", "data"), "xytext": (6, 0), "textcoords": "offset points"}
         for place, group in headings:
@@ -172,12 +175,25 @@ def draw(lines: Sequence[Line], folder: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
 
 
-def _draw_line(axis, y: float, line: Line, color: str, marker: str) -> None:
+def draw_table(table: Table, rows: pd.DataFrame, folder: Path) -> list[str]:
+    """`table.png` and `.svg`, of the table's differences; the names of the files, none where there is no difference.
+
+    The axis shows nine intervals in ten as a whole: some cells are far from all others.
+    """
+    lines = lines_of(table.name, table, rows)
+    if not lines:
+        return []
+    ends = [np.abs(end) for line in lines for end in (line.difference, line.low, line.high) if not np.isnan(end)]
+    draw(lines, folder, "table", "difference", 1.1 * np.quantile(ends, 0.9) or 1)
+    return ["table.png", "table.svg"]
+
+
+def _draw_line(axis, y: float, line: Line, limit: float, color: str, marker: str) -> None:
     low, high = (line.difference if np.isnan(end) else end for end in (line.low, line.high))
-    axis.plot([max(low, -LIMIT), min(high, LIMIT)], [y, y], color=color, linewidth=1.3, solid_capstyle="butt")
-    if abs(line.difference) <= LIMIT:
+    axis.plot([max(low, -limit), min(high, limit)], [y, y], color=color, linewidth=1.3, solid_capstyle="butt")
+    if abs(line.difference) <= limit:
         axis.plot(line.difference, y, marker, color=color, markersize=4.5)
-    for beyond, x, arrow in ((low < -LIMIT, -LIMIT, "<"), (high > LIMIT, LIMIT, ">")):
+    for beyond, x, arrow in ((low < -limit, -limit, "<"), (high > limit, limit, ">")):
         if beyond:
             axis.plot(x, y, arrow, color=color, markersize=5, clip_on=False)
 

@@ -112,15 +112,13 @@ def plan(
         if name not in table.placeholders:
             valid = suggest(name, table.placeholders)
             raise UserError(f"--set {name}: {table.path.name} has no such placeholder; {valid}")
-    script = find_script(table)
-    values = {**table.placeholders, **values}
+    planner = _Planner(table, find_script(table), {**table.placeholders, **values}, output, smoke)
     runs: dict[Run, None] = {}  # in order; a shared cell comes up with every seed
     for seed in sorted({*range(table.first_seed, table.first_seed + seeds), *more}):
         for task in table.tasks:
             done: dict[str, Run] = {}
             for name, cell in table.cells.items():
-                own = table.first_seed if cell.shared else seed
-                done[name] = _run(table, script, task, name, own, values, done, output, smoke)
+                done[name] = planner.run(task, name, table.first_seed if cell.shared else seed, done)
             runs |= dict.fromkeys(done.values())
     return list(runs)
 
@@ -154,45 +152,44 @@ def pairs(values: Mapping[str, str]) -> str:
     return " ".join(f"{name}={value}" for name, value in values.items())
 
 
-def _run(
-    table: Table,
-    script: Script,
-    task: str,
-    cell: str,
-    seed: int,
-    values: Mapping[str, str],
-    others: Mapping[str, Run],
-    output: Path,
-    smoke: bool,
-) -> Run:
-    where = f"{table.path.name}: cells.{cell}"
-    row, section = table.cells[cell], table.tasks[task]
-    layers = [table.base, section.args, row.args, *((table.smoke, row.smoke) if smoke else ())]
-    own = {"task": task, "cell": cell, "seed": str(seed), **section.values}
-    needs = {name: others[name] for name in row.needs}
-    words = list(_words(layers, script, where))
+@dataclass(frozen=True)
+class _Planner:
+    table: Table
+    script: Script
+    values: Mapping[str, str]  # of all placeholders
+    output: Path
+    smoke: bool
 
-    def filled(values: Mapping[str, str], needs: Mapping[str, str], output: str) -> tuple[str, ...]:
-        known = {**own, **values, **needs, "output": output}
-        return tuple(_fill(word, known, where) for word in (*words, script.seed, "{seed}", script.output, "{output}"))
+    def run(self, task: str, cell: str, seed: int, others: Mapping[str, Run]) -> Run:
+        table, script, where = self.table, self.script, f"{self.table.path.name}: cells.{cell}"
+        row, section = table.cells[cell], table.tasks[task]
+        layers = [table.base, section.args, row.args, *((table.smoke, row.smoke) if self.smoke else ())]
+        words = [*_words(layers, script, where), script.seed, "{seed}", script.output, "{output}"]
+        own = {"task": task, "cell": cell, "seed": str(seed), **section.values}
+        needs = {name: others[name] for name in row.needs}
 
-    # neither the folder of the runs nor that of the repository is part of what a run is
-    placed = {name: short(Path(value)) if Path(value).is_absolute() else value for name, value in values.items()}
-    resolved = filled(placed, {name: run.folder.name for name, run in needs.items()}, "")
-    digest = hashlib.sha256(json.dumps([portable(str(script.path)), *resolved]).encode()).hexdigest()[:10]
-    folder = output / "-".join(filter(None, [task, cell, f"seed{seed}", digest]))
-    masked = filled({name: f"{{{name}}}" for name in values}, {name: f"{{{name}}}" for name in needs}, "{output}")
-    return Run(
-        task=task,
-        cell=cell,
-        seed=seed,
-        folder=folder,
-        portable=_join(["python", portable(str(script.path)), *map(portable, masked)]),
-        placeholders=pairs({name: portable(value) for name, value in values.items()}),
-        needs=tuple(needs.values()),
-        script=script,
-        words=filled(values, {name: short(run.folder) for name, run in needs.items()}, short(folder)),
-    )
+        def filled(values: Mapping[str, str], needs: Mapping[str, str], output: str) -> tuple[str, ...]:
+            known = {**own, **values, **needs, "output": output}
+            return tuple(_fill(word, known, where) for word in words)
+
+        # neither the folder of the runs nor that of the repository is part of what a run is
+        placed = {name: short(Path(path)) if Path(path).is_absolute() else path for name, path in self.values.items()}
+        resolved = filled(placed, {name: run.folder.name for name, run in needs.items()}, "")
+        digest = hashlib.sha256(json.dumps([portable(str(script.path)), *resolved]).encode()).hexdigest()[:10]
+        folder = self.output / "-".join(filter(None, [task, cell, f"seed{seed}", digest]))
+        values, others = ({name: f"{{{name}}}" for name in names} for names in (self.values, needs))
+        masked = filled(values, others, "{output}")
+        return Run(
+            task=task,
+            cell=cell,
+            seed=seed,
+            folder=folder,
+            portable=_join(["python", portable(str(script.path)), *map(portable, masked)]),
+            placeholders=pairs({name: portable(value) for name, value in self.values.items()}),
+            needs=tuple(needs.values()),
+            script=script,
+            words=filled(self.values, {name: short(run.folder) for name, run in needs.items()}, short(folder)),
+        )
 
 
 def _words(layers: list[Arguments], script: Script, where: str) -> Iterator[str]:
