@@ -1,5 +1,6 @@
 """The tables that are shipped say what their rows say, and the pages say what the tables say."""
 
+import json
 import re
 
 import pandas as pd
@@ -91,3 +92,13 @@ def test_the_settings_table_is_that_of_the_settings():
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     begin, end = "<!-- settings -->\n\n", "\n<!-- /settings -->"
     assert text.partition(begin)[2].partition(end)[0] == settings_table()
+
+
+def test_the_page_on_reliability_shows_what_the_study_of_faults_found():
+    page, shipped = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("docs/reliability.md", "results/faults/table.md")
+    )
+    table = shipped[shipped.index("| fault |") :]
+    assert page.partition("<!-- faults -->\n\n")[2].partition("\n<!-- /faults -->")[0] == table
+    cases = json.loads((ROOT / "results/faults/faults.json").read_text(encoding="utf-8"))["cases"]
+    assert f"| {sum(row['tried'] for row in cases)} | {sum(row['held'] for row in cases)} |" in table.splitlines()[-1]

@@ -47,13 +47,23 @@ def run_cli(main: Callable[[], None]) -> None:
     SIGTERM and Ctrl-C end with one line and exit codes 143 and 130.
     """
     from common.run.disk import is_full, place
-    from common.run.stopping import Stopped, end_at_once, handled, resume_command
+    from common.run.stopping import Stopped, end_at_once, ended_by, handled, resume_command
 
     warnings.formatwarning = _one_line
-    ours = [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else []  # or the script's own
+    defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}  # or the script's own
+    ours = [signum for signum, handler in defaults.items() if signal.getsignal(signum) == handler]
+
+    def ended_by_none() -> None:
+        try:
+            main()
+        except Exception as error:
+            if signum := ended_by():
+                raise Stopped(signum) from error
+            raise
+
     try:
         with handled(end_at_once, ours):
-            main()
+            ended_by_none()
     except UserError as error:
         if not is_full(error.__cause__):
             _refuse(str(error))

@@ -80,5 +80,17 @@ def handled(handler, signals: Sequence[int] = SIGNALS) -> Iterator[None]:
 
 
 def end_at_once(signum: int, _frame=None) -> None:
-    """The handler where there is nothing to save yet."""
+    """The handler where there is nothing to save yet; `ended_by` tells of it where a library makes another error of it.
+
+    safetensors does, for one: a signal while it loads would be told as a damaged file.
+    """
+    _ended_by.append(signum)
     raise Stopped(signum)
+
+
+def ended_by() -> int | None:
+    """The signal that `end_at_once` has received, or None."""
+    return _ended_by[-1] if _ended_by else None
+
+
+_ended_by: list[int] = []

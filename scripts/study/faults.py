@@ -64,7 +64,7 @@ def interrupted(signums: Sequence[int], program: Program, folder: Path, draw: ra
     while True:
         pid, signum = program.start(folder, *([program.again(folder)] if turn else [])), draw.choice(signums)
         if turn < _OFTEN:
-            begun = 0.0 if signum == signal.SIGKILL else 0.2  # before that there is no handler of signals
+            begun = 0.0 if signum == signal.SIGKILL else 0.1  # before that there is no handler of signals
             time.sleep(begun + draw.uniform(0, 0.6 * program.seconds))
             os.kill(pid, signum)  # it is not waited for yet: the id is its own
         run = program.ended(pid)

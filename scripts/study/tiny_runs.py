@@ -25,7 +25,7 @@ _TEXT = """--task_name RTE --max_seq_length 32 --disable_tqdm --do_train --do_ev
     --learning_rate 1e-3 --report_to none --logging_steps 1 --max_steps 30 --save_steps 4 --save_total_limit 3 --ifsvd
     --svd_steps 5 --grad_steps 3 --rank_size 4"""
 _IMAGES = """DISTILLER.TYPE kd DISTILLER.STUDENT resnet8 DISTILLER.TEACHER resnet14 DATASET.SUBSET 128
-    SOLVER.BATCH_SIZE 32 SOLVER.EPOCHS 8 SOLVER.LR_DECAY_STAGES [4] LOG.INTERVAL 1 LOG.TRACKERS [] LOG.PROGRESS false
+    SOLVER.BATCH_SIZE 32 SOLVER.EPOCHS 16 SOLVER.LR_DECAY_STAGES [8] LOG.INTERVAL 1 LOG.TRACKERS [] LOG.PROGRESS false
     DSKD.ENABLED true DSKD.SVD_STEPS 5 DSKD.GRAD_STEPS 3"""
 
 
@@ -164,10 +164,11 @@ def prepare(folder: Path) -> list[Program]:
     text = Program("text", script, words, *flags, folder / "text")
     for program in (images, text):
         program.folder.mkdir()
-        start = time.monotonic()
-        if (run := program.run(program.whole)).code:
-            raise UserError(f"{program.script.name} does not run: {run.said[-500:]}")
-        program.seconds = time.monotonic() - start
+        for place in (program.folder / "first", program.whole):  # the first one takes longer
+            start = time.monotonic()
+            if (run := program.run(place)).code:
+                raise UserError(f"{program.script.name} does not run: {run.said[-500:]}")
+            program.seconds = time.monotonic() - start
         pid = program.start(program.half)
         while not list(program.half.glob(program.checkpoints)):
             time.sleep(0.005)

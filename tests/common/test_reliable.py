@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common import ROOT
-from common.run import disk, manifest
+from common.run import disk, manifest, stopping
 from common.run.disk import check_space, is_full
 from common.run.errors import UserError, run_cli
 from common.run.files import remove_leftovers, write_aside, write_json
@@ -245,6 +245,23 @@ def test_a_signal_before_training_ends_at_once_without_a_traceback(signum, code)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == code
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("error", [UserError, RuntimeError])
+def test_a_signal_that_a_library_takes_for_an_error_of_its_own_stays_a_signal(capsys, monkeypatch, signum, error):
+    monkeypatch.setattr(stopping, "_ended_by", [])
+
+    def main():
+        try:
+            signal.raise_signal(signum)
+        except BaseException:
+            raise error("the file is damaged") from None
+
+    with pytest.raises(SystemExit) as caught:
+        run_cli(main)
+    assert caught.value.code == 128 + signum
+    assert capsys.readouterr().err == f"stopped by {signal.Signals(signum).name}\n"
 
 
 # leftovers
