@@ -1,4 +1,4 @@
-"""The whole story in some 4 minutes on two CPU cores: few images from a teacher, then the recipes on images and on text.
+"""The whole story in 4 minutes on two CPU cores: few images from a teacher, then the recipes on images and text.
 
 python scripts/demo.py                                     nothing but a package registry needed
 python scripts/demo.py --full                              more text, longer trainings, two more baselines
@@ -92,7 +92,7 @@ def main() -> None:
     minutes, busy = (time.perf_counter() - start) / 60, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime / 60
     print(f"{minutes:.1f} minutes, {busy:.1f} of CPU; plot: {shown(args.output_dir / 'demo.png')}")
     print(
-        "Small, short runs, with settings that were not tuned on them. On digits, L2 towards the teacher does about as well"
+        "Small, short runs, with settings that were not tuned on them. On digits, L2 towards the teacher does as well"
     )
     print("as the anchor (curvature); README.md says what larger runs found.")
 
