@@ -58,6 +58,10 @@ class Control(Reading):
 class Plain(Control):
     """The gradient along W_s - W_t with the norm of the reading's: L2-SP (Li et al., ICML 2018) on paired weights."""
 
+    @property
+    def any_shape(self) -> bool:  # the difference asks for equal shapes, whatever the reading takes
+        return False
+
     def value_and_gradient(self, student_mn: Tensor, target: State, chosen: State) -> tuple[Tensor, Tensor]:
         value, gradient_mn = self.reading.value_and_gradient(student_mn, target, chosen)
         return value, _with_norm_of(gradient_mn, student_mn - target["teacher"])
