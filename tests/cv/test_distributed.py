@@ -234,20 +234,6 @@ def test_a_signal_stops_both_processes_at_one_step_and_is_said_once(tmp_path):
     assert [line["step"] for line in read_run(tmp_path).steps] == list(range(1, 4 * (step // 4 + 1) + 1))
 
 
-def test_a_process_that_is_killed_is_started_again_and_resumed_to_the_same_bits(tmp_path):
-    settings = f"DISTILLER.TEACHER_CKPT {save_teacher(tmp_path / 'teacher')} SOLVER.EPOCHS 3 DSKD.ENABLED true "
-    settings += "DSKD.SVD_STEPS 3 DSKD.GRAD_STEPS 2 OUTPUT_DIR "
-    words = words_of(settings + str(tmp_path / "killed"))
-    killed = launched.launch_killed(launched.VISION, words, 7, tmp_path / "process.py")
-    assert killed.returncode == 0, killed.stderr[-2000:]
-    assert killed.stdout.count(f"started again by torchrun, the run in {tmp_path / 'killed'} is resumed") == 1
-    whole = launch([*settings.split(), str(tmp_path / "whole")])
-    assert whole.returncode == 0, whole.stderr[-2000:]
-    ours, theirs = read_run(tmp_path / "killed"), read_run(tmp_path / "whole")
-    assert same_tensors(ours.weights, theirs.weights)
-    assert [line["step"] for line in ours.steps] == list(range(1, 13))
-
-
 def test_two_agents_on_the_loopback_train_one_student(tmp_path, unused_port):
     words = words_of(f"DISTILLER.TYPE vanilla OUTPUT_DIR {tmp_path / 'run'}")
     agents = launched.launch_two_agents(launched.VISION, words, unused_port)

@@ -187,18 +187,6 @@ def test_a_users_error_is_said_once(tmp_path, paths):
     assert done.stderr.count("error: --max_seq_length 9999: the model takes 64 tokens at most") == 1, done.stderr
 
 
-def test_a_process_that_is_killed_is_started_again_and_resumed_to_the_same_bits(tmp_path, paths):
-    more = ("--ifsvd", "--svd_steps", "2", "--rank_size", "4", "--max_steps", "6", "--save_steps", "2")
-    words = flags(paths, tmp_path / "killed", *more)
-    killed = launched.launch_killed(launched.GLUE, words, 4, tmp_path / "process.py")
-    assert killed.returncode == 0, killed.stderr[-2000:]
-    assert killed.stdout.count(f"started again by torchrun, the run in {tmp_path / 'killed'} is resumed") == 1
-    whole = launched.launch(launched.GLUE, flags(paths, tmp_path / "whole", *more))
-    assert whole.returncode == 0, whole.stderr[-2000:]
-    assert_same_bits(weights_of(tmp_path / "killed" / "student"), weights_of(tmp_path / "whole" / "student"))
-    assert [line["step"] for line in log_of(tmp_path / "killed", "task_loss")] == [1, 2, 3, 4, 5, 6]
-
-
 def test_two_agents_on_the_loopback_train_one_student(tmp_path, paths, unused_port):
     words = flags(paths, tmp_path / "run", "--max_steps", "2")
     agents = launched.launch_two_agents(launched.GLUE, words, unused_port)
