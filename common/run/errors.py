@@ -47,7 +47,7 @@ def run_cli(main: Callable[[], None]) -> None:
     SIGTERM and Ctrl-C end with one line and exit codes 143 and 130.
     """
     from common.run.disk import is_full, place
-    from common.run.stopping import Stopped, end_at_once, ended_by, handled, resume_command
+    from common.run.stopping import Stopped, end_at_once, ended_by, forget_signals, handled, resume_command
 
     warnings.formatwarning = _one_line
     defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}  # or the script's own
@@ -61,6 +61,7 @@ def run_cli(main: Callable[[], None]) -> None:
                 raise Stopped(signum) from error
             raise
 
+    forget_signals()
     try:
         with handled(end_at_once, ours):
             ended_by_none()

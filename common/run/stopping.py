@@ -89,8 +89,13 @@ def end_at_once(signum: int, _frame=None) -> None:
 
 
 def ended_by() -> int | None:
-    """The signal that `end_at_once` has received, or None."""
+    """The signal that `end_at_once` has received since `forget_signals`, or None."""
     return _ended_by[-1] if _ended_by else None
+
+
+def forget_signals() -> None:
+    """Signals of an earlier program in this process are none of the next one's."""
+    _ended_by.clear()
 
 
 _ended_by: list[int] = []

@@ -264,6 +264,19 @@ def test_a_signal_that_a_library_takes_for_an_error_of_its_own_stays_a_signal(ca
     assert capsys.readouterr().err == f"stopped by {signal.Signals(signum).name}\n"
 
 
+def test_a_signal_that_ended_a_program_is_not_the_next_ones(capsys):
+    with pytest.raises(SystemExit):
+        run_cli(lambda: signal.raise_signal(signal.SIGTERM))
+
+    def refused():
+        raise UserError("--seeds 0: a whole number of at least 1")
+
+    with pytest.raises(SystemExit) as caught:
+        run_cli(refused)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith("error: --seeds 0: a whole number of at least 1\n")
+
+
 # leftovers
 
 
