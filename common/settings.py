@@ -117,8 +117,9 @@ SETTINGS = (
     ),
     Setting(
         *("control", "--direction", "DIRECTION", "sensitive", "sensitive"),
-        ("sensitive", "plain", "random", "shuffled", "shrink", "released"),
+        ("sensitive", "plain", "random", "shuffled", "shrink", "released", "ewc"),
         "sensitive is DSKD; the others are controls: plain (W_s - W_t) and random have a gradient of the same norm; "
+        "ewc, with basis curvature, has the diagonal of the Fisher matrix in place of its factors; "
         "shuffled is DSKD towards the teacher's matrices with rows and columns shuffled, shrink towards zeros, without "
         "a teacher; released has the truncated gradient of the authors' release",
     ),
@@ -169,6 +170,11 @@ def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
         yield Conflict("smoothing", ("control", control))
         if basis != "own":
             yield Conflict("control", ("basis", "own"), needs=True)
+    if control == "ewc":
+        if basis != "curvature":
+            yield Conflict("control", ("basis", "curvature"), needs=True)
+        elif score != "sensitivity":
+            yield Conflict("score", ("control", control), ("sensitivity",))
 
 
 def by_name(record: Mapping[str, Any]) -> dict[str, Any]:
