@@ -80,18 +80,17 @@ SETTINGS = (
         part="loss",
     ),
     Setting(
-        *("grad_steps", "--grad_steps", "GRAD_STEPS", None, 2, Number(int, 1)),
+        *("grad_steps", "--grad_steps", "GRAD_STEPS", None, 1, Number(int, 1)),
         "optimizer steps for which a gradient of the DSKD loss is held (1, with a drift and a smoothing of 0: exact "
         "in every step; GLUE's default: as many as SVD_STEPS)",
-        "a decomposition of BERT's matrices costs more than a ResNet's step; the learning rate of GLUE is small enough "
-        "to hold a smoothed gradient (docs/performance.md)",
+        "exact on CIFAR; on GLUE a decomposition of BERT's matrices costs too much for every step, and the learning "
+        "rate is small enough to hold a smoothed gradient (docs/performance.md)",
         part="loss",
     ),
     Setting(
-        *("drift", "--drift", "DRIFT", 0.0, 0.0003, Number(float, 0)),
+        *("drift", "--drift", "DRIFT", 0.0, 0.0, Number(float, 0)),
         "after GRAD_STEPS steps, fewer than SVD_STEPS, hold the gradient on while no matrix has moved by more than "
         "this share of its norm (0: never)",
-        "ends of the CIFAR schedule, where weights hardly move",
         part="loss",
     ),
     Setting(

@@ -181,7 +181,7 @@ def test_a_new_setting_of_the_loss_is_handed_to_it(monkeypatch):
     handed = {}
     monkeypatch.setattr(common.svd_loss, "DirectionSensitivityLoss", lambda pairs, reading, **how: handed.update(how))
     build_loss(pairs(), of_keys(load_config(BASE, ["DSKD.ENDURANCE", "7"]).DSKD), 1)
-    assert handed == {"svd_steps": 100, "grad_steps": 2, "drift": 0.0003, "endurance": 7}
+    assert handed == {"svd_steps": 100, "grad_steps": 1, "drift": 0.0, "endurance": 7}
 
 
 # The table of the documentation
@@ -200,8 +200,8 @@ def test_defaults_that_are_none_are_left_blank():
     rows = [row.split("|") for row in settings_table().splitlines()[2:]]
     rows = {flag.strip(" `"): [glue.strip(), cifar.strip()] for _, flag, _, glue, cifar, *_ in rows}
     assert rows["--alpha"] == ["", ""]
-    assert rows["--grad_steps"] == ["", "2"]
-    assert rows["--drift"] == ["0.0", "0.0003"]
+    assert rows["--grad_steps"] == ["", "1"]
+    assert rows["--drift"] == ["0.0", "0.0"]
 
 
 # By name
