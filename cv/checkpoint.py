@@ -18,7 +18,7 @@ from cv.methods import Distiller
 
 # what a resumed run may change; LOG.*, too
 _FREE_ON_RESUME = ("OUTPUT_DIR", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "DISTILLER.STUDENT_CKPT", "SOLVER.EPOCHS")
-_FREE_ON_RESUME += ("SOLVER.COMPILE",)
+_FREE_ON_RESUME += ("SOLVER.COMPILE", "SOLVER.DETERMINISTIC")
 _RESTART = "start again with --overwrite"
 
 
