@@ -15,6 +15,7 @@ def asked() -> tuple[bool, bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("setting", "inside"), [("true", (True, True, False)), ("false", (False, False, True))])
 def test_a_run_takes_the_kernels_that_it_asks_for_and_leaves_none_behind(tmp_path, monkeypatch, setting, inside):
     seen, step = [], cv.trainer._Run._step
