@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
@@ -17,6 +18,7 @@ from yacs.config import CfgNode
 
 from common import ROOT
 from common.run.choices import ChoiceLog
+from common.run.confusion import Confusion, confused, write_confusion
 from common.run.disk import check_space
 from common.run.errors import UserError
 from common.run.files import write_aside, write_json
@@ -115,17 +117,24 @@ def output_folder(cfg: CfgNode) -> Path:
     return ROOT / "outputs" / cfg.DATASET.NAME / name / f"seed{cfg.SOLVER.SEED}"
 
 
-def evaluate(model: nn.Module, loader: EpochLoader) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent (top-5 of fewer than 5 classes counts all of them)."""
+def evaluate(model: nn.Module, loader: EpochLoader) -> tuple[dict[str, float], np.ndarray]:
+    """(top-1 and top-5 accuracy in percent, the cells of a `Confusion`).
+
+    Top-5 of fewer than 5 classes counts all of them.
+    """
     model.eval()
-    first = fifth = torch.zeros((), device=loader.device, dtype=torch.int64)
+    fifth = torch.zeros((), device=loader.device, dtype=torch.int64)
+    pairs = []
     with torch.inference_mode():
         for images, labels, _ in loader.epoch(0):
             logits = model(images)
-            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            first, fifth = first + hits[:, 0].sum(), fifth + hits.sum()
+            highest = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            pairs.append(torch.stack([labels, highest[:, 0]]))
+            fifth = fifth + (highest == labels[:, None]).sum()
+    labels, predictions = torch.cat(pairs, dim=1).cpu().numpy()
     count = len(loader.image_set)
-    return {"top1": 100 * first.item() / count, "top5": 100 * fifth.item() / count}
+    top1, top5 = (labels == predictions).sum().item(), fifth.item()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}, confused(labels, predictions)
 
 
 def learning_rate(solver: CfgNode, epoch: int) -> float:
@@ -224,7 +233,7 @@ class _Run:
                 self._check_student()  # the loss tells nothing of the last update
                 evaluated = epoch % cfg.SOLVER.EVAL_EPOCHS == 0 or epoch == cfg.SOLVER.EPOCHS
                 if main and evaluated:
-                    scores = evaluate(self.distiller.student, self.test_loader)
+                    scores = self._evaluate()
                     progress.history.append({"epoch": epoch, **scores})
                     self._log(epoch=epoch, **{f"test_{name}": value for name, value in scores.items()})
                     bar.set_postfix_str(f"epoch {epoch}{self._reached()}")
@@ -237,6 +246,14 @@ class _Run:
         self.accelerator.wait_for_everyone()  # no process closes its connections while another still reads
         self.accelerator.end_training()
         return self._finish(time.perf_counter() - self.start) if main else None
+
+    def _evaluate(self) -> dict[str, float]:
+        """The scores in percent; which classes are mixed up is written beside the record."""
+        scores, cells = evaluate(self.distiller.student, self.test_loader)
+        names = self.data.classes or [str(i) for i in range(self.data.test.num_classes)]
+        confusion = Confusion(tuple(names), cells, self.progress.step, _tested_on(self.cfg))
+        write_confusion(self.folder, confusion)
+        return scores | {name: 100 * value for name, value in confusion.scores().items()}
 
     def _train_epoch(self, epoch: int, bar: tqdm, request: Request, done: int) -> None:
         """The steps of an epoch after the first `done`."""
@@ -437,6 +454,8 @@ class _Run:
             last=last["top1"],
             best=best["top1"],
             last_top5=last["top5"],
+            last_balanced_accuracy=last.get("balanced_accuracy"),  # unknown to older checkpoints
+            last_macro_f1=last.get("macro_f1"),
             best_epoch=best["epoch"],
             epochs=cfg.SOLVER.EPOCHS,
             train_images=len(self.data.train),

@@ -32,6 +32,7 @@ from bert_of_theseus import pipeline
 from bert_of_theseus.training import METHOD_STATE, DistillationTrainer, MethodStateCallback, last_checkpoint
 from common import ROOT
 from common.run import manifest
+from common.run.confusion import read_confusion
 from common.run.errors import UserError
 from dskd import DirectionSensitivityLoss
 
@@ -203,6 +204,13 @@ def test_predictions_are_those_of_the_exported_student_in_the_servers_format(tra
         predicted = [model.config.id2label[p] for p in model(**batch).logits.argmax(-1).tolist()]
     written = lines(trained / "predictions" / "RTE.tsv")
     assert written == ["index\tprediction", *(f"{i}\t{label}" for i, label in enumerate(predicted))]
+
+
+def test_the_confusion_matrix_is_of_the_last_evaluation(trained):
+    found = read_confusion(trained)
+    assert (found.classes, found.step, found.evaluated_on) == (("entailment", "not_entailment"), 6, "dev")
+    assert found.examples.tolist() == [6, 6]
+    assert found.hits.sum() / 12 == pytest.approx(result_of(trained)["last"])
 
 
 def test_a_run_repeats_under_its_seed_and_differs_under_another(tiny, tmp_path):  # noqa: F811

@@ -43,6 +43,7 @@ from bert_of_theseus.reporting import (
 from bert_of_theseus.schedules import replacing_schedule
 from bert_of_theseus.training import (
     BestStudentCallback,
+    ConfusionCallback,
     DistillationTrainer,
     FollowOptimizerCallback,
     MethodStateCallback,
@@ -312,6 +313,8 @@ def _train(args, task, tokenizer, model, datasets, job: _Job | None, claim: Clai
         record = method_state.record = RunRecord(output_dir, vars(args), resume_step=step, resume_lines=log_lines)
         directions = ChoiceLog(output_dir, dskd, pairs, resume_step=step) if dskd else None
         trainer.add_callback(RecordCallback(record, directions))
+        if not task.regression:
+            trainer.add_callback(ConfusionCallback(output_dir, task, trainer.compute_metrics))
     layers = depth(_exported(student))
     how = method_in_words(args, layers)
 
