@@ -425,13 +425,14 @@ def test_an_exported_student_can_be_evaluated_and_can_predict_by_itself(trained,
     assert lines(tmp_path / "predictions" / "RTE.tsv") == lines(trained / "predictions" / "RTE.tsv")
 
 
-def test_mnli_reports_matched_and_mismatched_and_predicts_both(tiny, tmp_path):  # noqa: F811
+def test_mnli_reports_matched_and_mismatched_and_predicts_both_and_the_diagnostics(tiny, tmp_path):  # noqa: F811
     labels = ("entailment", "neutral", "contradiction")
     for seed, name in enumerate(("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched")):
         texts = zip(sentences(8, 2 * seed), sentences(8, 2 * seed + 1), strict=True)
         rows = [[str(i), a, b, labels[i % 3]] for i, (a, b) in enumerate(texts)]
         header = ["index", "sentence1", "sentence2", "gold_label"]
         (tmp_path / f"{name}.tsv").write_text("".join("\t".join(row) + "\n" for row in [header, *rows]))
+    (tmp_path / "diagnostic.tsv").write_text("index\tsentence1\tsentence2\n0\ta cat ran\ta cat sat\n")
     model = tmp_path / "model"
     BertModel(tiny_config()).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
@@ -441,7 +442,11 @@ def test_mnli_reports_matched_and_mismatched_and_predicts_both(tiny, tmp_path): 
     result = result_of(tmp_path / "run")
     assert result["last_evaluation"].keys() == {"dev_matched_accuracy", "dev_mismatched_accuracy"}
     assert result["last"] == result["last_evaluation"]["dev_matched_accuracy"]
-    assert {path.name for path in (tmp_path / "run" / "predictions").iterdir()} == {"MNLI-m.tsv", "MNLI-mm.tsv"}
+    predictions = tmp_path / "run" / "predictions"
+    assert {path.name for path in predictions.iterdir()} == {"MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"}
+    header, line = lines(predictions / "AX.tsv")
+    assert (header, line.split("\t")[0], line.split("\t")[1] in labels) == ("index\tprediction", "0", True)
+    assert read_confusion(tmp_path / "run").evaluated_on == "dev matched"
 
 
 # batches

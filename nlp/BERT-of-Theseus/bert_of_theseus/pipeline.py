@@ -41,6 +41,7 @@ from bert_of_theseus.reporting import (
     summary,
 )
 from bert_of_theseus.schedules import replacing_schedule
+from bert_of_theseus.tasks import DIAGNOSTICS
 from bert_of_theseus.training import (
     BestStudentCallback,
     ConfusionCallback,
@@ -469,7 +470,9 @@ def _evaluate_only(args, task, tokenizer, model, datasets) -> None:
 def _predict(args, task, tokenizer, model, datasets) -> None:
     setup = training_arguments(args, Path(args.output_dir), report_to=[])
     trainer = _trainer(args, task, tokenizer, model, datasets, setup)
-    for name in task.test_sets:
+    sets = [(task, name) for name in task.test_sets]
+    sets += [(DIAGNOSTICS, name) for name in DIAGNOSTICS.test_sets if name in datasets]
+    for task, name in sets:
         logits = first_output(trainer.predict(datasets[name]).predictions)
         if setup.process_index == 0:
             folder = Path(args.output_dir) / "predictions"
