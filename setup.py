@@ -52,7 +52,7 @@ setup(
     install_requires=["torch>=2.5"],
     extras_require={
         "programs": PROGRAMS,
-        "timm": ["timm>=1.0"],
+        "timm": ["timm>=1.0.3"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.6", "onnxruntime>=1.20"],
         "dev": [
             "pytest>=8",
