@@ -12,7 +12,7 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 PROGRAMS = [
     "torchvision>=0.20",
-    "transformers>=4.48,<6",
+    "transformers>=4.48.3,<6",
     "accelerate>=1.3",
     "datasets>=3",
     "safetensors>=0.4.5",
