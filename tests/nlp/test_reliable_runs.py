@@ -33,8 +33,9 @@ from bert_of_theseus.arguments import parse_arguments
 from bert_of_theseus.training import DistillationTrainer, PatienceCallback, last_checkpoint
 from common import ROOT
 from common.run.errors import UserError, run_cli
-from common.run.lock import locked
+from common.run.lock import check_unlocked, locked
 from common.run.manifest import MANIFEST, damage
+from common.run.record import RunRecord
 from common.run.stopping import Stopped
 
 SCRIPT = ROOT / "nlp" / "BERT-of-Theseus" / "run_glue_SVD_losslayer.py"
@@ -150,6 +151,25 @@ def test_a_second_run_in_a_folder_is_refused(tiny, tmp_path, more):  # noqa: F81
     told = rf"--output_dir {tmp_path} is in use by another run, process {os.getpid()}"
     with locked("--output_dir", tmp_path), pytest.raises(UserError, match=told):
         execute(flags(tiny, tmp_path, *more))
+
+
+def test_the_folder_is_held_from_the_first_step_to_the_result(tiny, tmp_path, monkeypatch):  # noqa: F811
+    refused = []
+
+    def looking(method):
+        def looked(*args, **kwargs):
+            with pytest.raises(UserError, match="in use by another run"):
+                check_unlocked("--output_dir", tmp_path)
+            refused.append(method.__name__)
+            return method(*args, **kwargs)
+
+        return looked
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", looking(DistillationTrainer.compute_loss))
+    monkeypatch.setattr(RunRecord, "finish", looking(RunRecord.finish))
+    execute(flags(tiny, tmp_path, "--max_steps", "1"))
+    assert (refused[0], refused[-1]) == ("compute_loss", "finish")
+    check_unlocked("--output_dir", tmp_path)
 
 
 def test_what_a_killed_write_left_goes_with_the_next_start(tiny, whole, tmp_path):  # noqa: F811
