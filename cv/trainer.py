@@ -33,6 +33,7 @@ from cv.export import check_onnx_packages, export_onnx, load_model, save_model
 from cv.methods import METHODS, Distiller, build_distiller
 from cv.models import build_model
 from cv.output import BEFORE, CHECKPOINT, WRITTEN, RunFolder
+from cv.regularisers import StartingPoint, averaged, freeze
 from cv.reporting import baseline, cost, next_steps, recorded_accuracy, summary, warnings_before
 from cv.sync_bn import synchronise
 from cv.teachers import find_teacher, load_student, load_teacher
@@ -168,6 +169,8 @@ class _Run:
         self.distiller, self.pairs, self.teacher_sha256 = distiller, pairs, teacher_sha256
         self.teacher_accuracy = recorded_accuracy(find_teacher(cfg)) if teacher_sha256 else None
         solver = cfg.SOLVER
+        self.student = distiller.average.module if solver.EMA else distiller.student  # that is evaluated and saved
+        self.l2sp = StartingPoint(distiller.student, solver.L2SP) if solver.L2SP else None
         self.dskd = build_dskd(pairs, cfg.DSKD, solver.SEED) if cfg.DSKD.ENABLED else None
         common = {
             "mean": data.mean,
@@ -226,7 +229,7 @@ class _Run:
                 self._check_student()  # the loss tells nothing of the last update
                 evaluated = epoch % cfg.SOLVER.EVAL_EPOCHS == 0 or epoch == cfg.SOLVER.EPOCHS
                 if main and evaluated:
-                    scores = evaluate(self.distiller.student, self.test_loader)
+                    scores = evaluate(self.student, self.test_loader)
                     progress.history.append({"epoch": epoch, **scores})
                     self._log(epoch=epoch, **{f"test_{name}": value for name, value in scores.items()})
                     bar.set_postfix_str(f"epoch {epoch}{self._reached()}")
@@ -334,8 +337,14 @@ class _Run:
             alignment = self.dskd()
             loss = loss + self.cfg.DSKD.LAMBDA * alignment
             parts["dskd_loss"] = alignment.detach()
+        if self.l2sp is not None:
+            penalty = self.l2sp()
+            loss = loss + penalty
+            parts["l2sp_loss"] = penalty.detach()
         self.accelerator.backward(loss)
         self.optimizer.step()
+        if self.cfg.SOLVER.EMA:
+            self.distiller.average.update_parameters(self.distiller.student)
         return {"loss": loss.detach(), **parts}, (logits.detach().argmax(1) == labels).sum()
 
     def _log(self, **values: float) -> None:
@@ -346,7 +355,7 @@ class _Run:
     def _export(self, name: str, scores: dict[str, float]) -> None:
         height, width = self.data.test.images.shape[-2:]
         save_model(
-            self.distiller.student,
+            self.student,
             self.cfg.DISTILLER.STUDENT,
             self.folder / name,
             image_size=height if height == width else [height, width],
@@ -485,6 +494,7 @@ def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Dist
         teacher, teacher_sha256, source, notes = load_teacher(cfg, classes, channels, data.classes, by_class=by_class)
     if copied:
         copy_from_teacher(student, teacher)
+    freeze(student, cfg.DISTILLER.FREEZE)
     block = cfg.DISTILLER.TYPE.upper()
     distiller = build_distiller(
         cfg.DISTILLER.TYPE,
@@ -495,6 +505,8 @@ def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Dist
         image_shape=tuple(data.train.images.shape[1:]),
         num_train=len(data.train),
     ).to(accelerator.device)
+    if cfg.SOLVER.EMA:
+        distiller.average = averaged(student, cfg.SOLVER.EMA)
     if cfg.SOLVER.CHANNELS_LAST:
         distiller.to(memory_format=torch.channels_last)
     notes = (*source_of_student, *notes)
