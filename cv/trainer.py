@@ -23,6 +23,7 @@ from common.run.disk import check_space
 from common.run.errors import UserError
 from common.run.files import write_aside, write_json
 from common.run.record import RunRecord
+from common.run.restarts import start_group
 from common.run.stopping import Request, Stopped, stop_requests
 from cv import checkpoint
 from cv.blocks import copy_from_teacher
@@ -61,6 +62,7 @@ def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dic
     if cfg.LOG.ONNX:
         check_onnx_packages()
     folder = output_folder(cfg)
+    start_group()
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision={"fp32": "no"}.get(solver.PRECISION, solver.PRECISION),

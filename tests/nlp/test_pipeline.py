@@ -602,12 +602,13 @@ def test_a_run_is_not_resumed_by_another_number_of_processes(trained):
         callback.load(last_checkpoint(trained))
 
 
-def test_a_run_stopped_before_its_first_checkpoint_starts_over(tiny, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite_output_dir"])
+def test_a_run_stopped_before_its_first_checkpoint_is_started_again_by_either_flag(tiny, tmp_path, flag):  # noqa: F811
     more = ("--max_steps", "2")
     execute(flags(tiny, tmp_path / "whole", *more))
-    interrupt(tmp_path / "whole", tmp_path / "resumed", 0)
-    execute(flags(tiny, tmp_path / "resumed", *more, "--resume"))
-    assert_same_bits(weights_of(tmp_path / "resumed" / "student"), weights_of(tmp_path / "whole" / "student"))
+    interrupt(tmp_path / "whole", tmp_path / "again", 0)
+    execute(flags(tiny, tmp_path / "again", *more, flag))
+    assert_same_bits(weights_of(tmp_path / "again" / "student"), weights_of(tmp_path / "whole" / "student"))
 
 
 def test_a_resumed_run_takes_the_predecessor_that_it_had_trained(tiny, whole_story, tmp_path):  # noqa: F811

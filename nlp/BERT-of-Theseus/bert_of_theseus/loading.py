@@ -230,10 +230,11 @@ def check_inputs(args: argparse.Namespace, tokenizer, model, datasets: dict) -> 
                 f"--model_name_or_path {args.model_name_or_path} does not take a batch of the {name} set: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        if not outputs["logits"].isfinite().all():
+        logits = outputs["logits"]
+        if not (logits.square() if logits.shape[-1] == 1 else logits).isfinite().all():  # regression squares them
             raise UserError(
-                f"--model_name_or_path {args.model_name_or_path}: its outputs on the {name} set are not finite; "
-                "the model is broken"
+                f"--model_name_or_path {args.model_name_or_path}: its outputs on the {name} set are not finite, or too "
+                "large for a squared error; the model is broken"
             )
 
 

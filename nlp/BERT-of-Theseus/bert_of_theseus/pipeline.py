@@ -70,6 +70,7 @@ from common.run.errors import UserError
 from common.run.files import write_json, write_text
 from common.run.reading import reading
 from common.run.record import RunRecord
+from common.run.restarts import start_group
 from common.run.stopping import Stopped, end_at_once, handled, stop_requests
 from common.settings import SETTINGS, of_arguments
 from common.svd_loss import DirectionSensitivityLoss, build_loss
@@ -95,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
         for name, examples in data.items()
     }
     check_inputs(args, tokenizer, model, datasets)
+    start_group()
     setup = training_arguments(args, output_dir)  # starts the process group of a distributed run
     first = setup.process_index == 0
     # all that can be refused is, before an earlier run is moved aside
