@@ -39,9 +39,9 @@ def defaults() -> CfgNode:
     cfg.DISTILLER = CfgNode()
     cfg.DISTILLER.TYPE = "vanilla"  # method: vanilla trains the student alone, see cv/methods (str)
     cfg.DISTILLER.STUDENT = "resnet20"  # network that is trained, see cv/models; timm/<name>, torchvision/<name> (str)
-    cfg.DISTILLER.STUDENT_CKPT = ""  # safetensors file that a timm or torchvision student starts from (str)
+    cfg.DISTILLER.STUDENT_CKPT = ""  # a timm or torchvision student's start: safetensors file, or pretrained (str)
     cfg.DISTILLER.TEACHER = ""  # network that is distilled; vanilla needs none without DSKD and START teacher (str)
-    cfg.DISTILLER.TEACHER_CKPT = ""  # folder with its model.json and model.safetensors (str, default: found by name)
+    cfg.DISTILLER.TEACHER_CKPT = ""  # folder with model.json and model.safetensors, or as above (str, default: by name)
     cfg.DISTILLER.START = "random"  # the student's weights: random, or teacher: a copy of its paired blocks (str)
 
     cfg.SOLVER = CfgNode()

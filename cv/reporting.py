@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from common.run.reading import read_json
 from cv.data import DataSets
 from cv.models import is_library
 
@@ -42,11 +41,6 @@ def warnings_before(cfg: CfgNode, data: DataSets) -> list[str]:
             f"{epochs} SOLVER.LR_DECAY_STAGES {str(stages).replace(' ', '')} would be {epochs * steps}{of}"
         )
     return said
-
-
-def recorded_accuracy(folder: Path) -> float | None:
-    """Top-1 of a saved network, as its model.json says."""
-    return read_json(folder / "model.json" if folder.is_dir() else folder).get("accuracy")
 
 
 def baseline(data: DataSets) -> tuple[str, float]:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -31,10 +31,11 @@ from cv.dskd import build_dskd, layer_map, layer_pairs
 from cv.export import check_onnx_packages, export_onnx, load_model, save_model
 from cv.methods import METHODS, Distiller, build_distiller
 from cv.models import build_model
+from cv.normalisation import Normalisation, Renormalise
 from cv.output import BEFORE, CHECKPOINT, WRITTEN, RunFolder
-from cv.reporting import baseline, cost, next_steps, recorded_accuracy, summary, warnings_before
+from cv.reporting import baseline, cost, next_steps, summary, warnings_before
 from cv.sync_bn import synchronise
-from cv.teachers import find_teacher, load_student, load_teacher
+from cv.teachers import Teacher, find_teacher, load_student, load_teacher
 from dskd.groups import Pairs
 
 EVALUATION_BATCH = 500
@@ -91,10 +92,10 @@ def _train(
         held_out=cfg.DATASET.HELD_OUT,
     )
     set_seed(solver.SEED)
-    distiller, pairs, teacher_sha256 = _build(cfg, data, accelerator)
-    if overwrite and teacher_sha256 is not None:
+    built = _build(cfg, data, accelerator)
+    if overwrite and built.teacher is not None:
         _check_teacher_stays(find_teacher(cfg), output.path)
-    run = _Run(cfg, output, accelerator, data, distiller, pairs, teacher_sha256)
+    run = _Run(cfg, output, accelerator, data, built)
     check_space("OUTPUT_DIR", output.path, 2 * run.checkpoint_bytes())
     accelerator.wait_for_everyone()
     if not resume:
@@ -151,25 +152,26 @@ class _Progress:
         return max(self.history, key=lambda scores: scores["top1"])
 
 
+class _Built(NamedTuple):
+    """What `_build` makes of the settings; `normalisation` is that of the student's images."""
+
+    distiller: Distiller
+    pairs: Pairs
+    teacher: Teacher | None
+    normalisation: Normalisation
+
+
 class _Run:
-    def __init__(
-        self,
-        cfg: CfgNode,
-        output: RunFolder,
-        accelerator: Accelerator,
-        data: DataSets,
-        distiller: Distiller,
-        pairs: Pairs,
-        teacher_sha256: str | None,
-    ):
+    def __init__(self, cfg: CfgNode, output: RunFolder, accelerator: Accelerator, data: DataSets, built: _Built):
         self.cfg, self.output, self.folder, self.accelerator, self.data = cfg, output, output.path, accelerator, data
-        self.distiller, self.pairs, self.teacher_sha256 = distiller, pairs, teacher_sha256
-        self.teacher_accuracy = recorded_accuracy(find_teacher(cfg)) if teacher_sha256 else None
+        self.distiller, self.pairs, self.teacher, self.normalisation = built
+        distiller, pairs = self.distiller, self.pairs
+        self.teacher_sha256 = None if built.teacher is None else built.teacher.sha256
         solver = cfg.SOLVER
         self.dskd = build_dskd(pairs, cfg.DSKD, solver.SEED) if cfg.DSKD.ENABLED else None
         common = {
-            "mean": data.mean,
-            "std": data.std,
+            "mean": self.normalisation.mean,
+            "std": self.normalisation.std,
             "device": accelerator.device,
             "seed": solver.SEED,
             "channels_last": solver.CHANNELS_LAST,
@@ -348,8 +350,8 @@ class _Run:
             self.cfg.DISTILLER.STUDENT,
             self.folder / name,
             image_size=height if height == width else [height, width],
-            mean=list(self.data.mean),
-            std=list(self.data.std),
+            mean=list(self.normalisation.mean),
+            std=list(self.normalisation.std),
             class_names=self.data.classes,
             dataset=self.cfg.DATASET.NAME,
             accuracy=scores["top1"],
@@ -370,6 +372,7 @@ class _Run:
             "teacher_sha256": self.teacher_sha256,
             "data_sha256": self.data_sha256,
             "circumstances": self._circumstances(),
+            "normalisation": list(self.normalisation),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
@@ -403,6 +406,12 @@ class _Run:
         for line in passed if self.accelerator.is_main_process else ():
             print(f"note: {line}", flush=True)
         checkpoint.check(path, state, self.cfg, self._circumstances(), self.teacher_sha256, lambda: self.data_sha256)
+        earlier = Normalisation(*state.get("normalisation", self.normalisation))
+        if not earlier.is_close(self.normalisation):
+            raise UserError(
+                f"--resume: {path} was written with images normalised by {earlier}, and now it is "
+                f"{self.normalisation}; give DISTILLER.STUDENT_CKPT as it was"
+            )
         with checkpoint.restoring(path):
             checkpoint.load_weights(self.distiller, state["weights"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -456,7 +465,7 @@ class _Run:
     def _summarise(self, last: float, best: float) -> None:
         shape = tuple(self.data.test.images.shape[1:])
         teacher = self.distiller.teacher
-        rows = [("teacher", self.teacher_accuracy, cost(teacher, shape))] if teacher is not None else []
+        rows = [("teacher", self.teacher.accuracy, cost(teacher, shape))] if teacher is not None else []
         rows += [(*baseline(self.data), None), ("student, last", last, cost(self.distiller.student, shape))]
         print(summary([*rows, ("student, best", best, None)]))
         if self.dskd is not None and not self.dskd.choices:
@@ -469,42 +478,57 @@ def _check_teacher_stays(teacher: Path, folder: Path) -> None:
         raise UserError(f"--overwrite would remove the teacher, {teacher}; give another OUTPUT_DIR")
 
 
-def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Distiller, Pairs, str | None]:
-    """The method with its networks on the device, DSKD's pairs, the teacher's hash; prints what distils what."""
+def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> _Built:
+    """The method with its networks on the device, DSKD's pairs, the teacher; prints what distils what."""
     classes, channels = data.train.num_classes, data.train.images.shape[1]
     student = build_model(cfg.DISTILLER.STUDENT, classes, channels)
-    source_of_student = load_student(cfg, student)
+    start = load_student(cfg, student)
     _check_images(cfg, student, tuple(data.train.images.shape[1:]))
     method = METHODS[cfg.DISTILLER.TYPE]
-    teacher, teacher_sha256, source, notes = None, None, None, ()
+    teacher = network = None
     copied = cfg.DISTILLER.START == "teacher"
     if method.needs_teacher or cfg.DSKD.ENABLED or copied:
         by_class = method.needs_teacher and method.compares_classes
-        teacher, teacher_sha256, source, notes = load_teacher(cfg, classes, channels, data.classes, by_class=by_class)
+        teacher = load_teacher(cfg, classes, channels, data.classes, by_class=by_class)
+        network = teacher.network
+    of_data = Normalisation(data.mean, data.std)
+    of_student = start.normalisation or of_data
     if copied:
-        copy_from_teacher(student, teacher)
+        copy_from_teacher(student, network)
+        of_student = teacher.normalisation or of_student
     block = cfg.DISTILLER.TYPE.upper()
     distiller = build_distiller(
         cfg.DISTILLER.TYPE,
         student,
-        teacher,
+        network,
         cfg.get(block, CfgNode()),
         num_classes=classes,
         image_shape=tuple(data.train.images.shape[1:]),
         num_train=len(data.train),
+        teacher_images=_images_of(teacher, of_student, of_data),
     ).to(accelerator.device)
     if cfg.SOLVER.CHANNELS_LAST:
         distiller.to(memory_format=torch.channels_last)
-    notes = (*source_of_student, *notes)
-    pairs = layer_pairs(student, teacher, cfg.DSKD) if cfg.DSKD.ENABLED else []
+    notes = start.notes if teacher is None else (*start.notes, *teacher.notes)
+    if isinstance(distiller.teacher_images, Renormalise) and method.needs_teacher:
+        notes += (f"the teacher's images are normalised as those that it was trained on: {teacher.normalisation}",)
+    pairs = layer_pairs(student, network, cfg.DSKD) if cfg.DSKD.ENABLED else []
     if cfg.SOLVER.SYNC_BN and accelerator.num_processes > 1:
         synchronise(distiller)
     if cfg.SOLVER.COMPILE:
-        for network in filter(None, (student, teacher)):
-            network.features = torch.compile(network.features)
+        for each in filter(None, (student, network)):
+            each.features = torch.compile(each.features)
     if accelerator.is_main_process:
-        _announce(cfg, data, distiller, pairs, source, notes)
-    return distiller, pairs, teacher_sha256
+        _announce(cfg, data, distiller, pairs, teacher.line if teacher is not None else None, notes)
+    return _Built(distiller, pairs, teacher, of_student)
+
+
+def _images_of(teacher: Teacher | None, of_student: Normalisation, of_data: Normalisation) -> Renormalise | None:
+    """What makes a teacher's images of the student's, where the two are normalised differently."""
+    if teacher is None:
+        return None
+    of_teacher = teacher.normalisation or of_data
+    return None if of_student.is_close(of_teacher) else Renormalise(of_student, of_teacher)
 
 
 @torch.no_grad()

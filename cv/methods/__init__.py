@@ -39,6 +39,7 @@ def build_distiller(
     num_classes: int,
     image_shape: tuple[int, int, int],
     num_train: int,
+    teacher_images: nn.Module | None = None,
 ) -> Distiller:
     """The method called `name` (a key of `METHODS`) with the settings `cfg_block`; other arguments as in `Distiller`.
 
@@ -47,7 +48,13 @@ def build_distiller(
     if name not in METHODS:
         raise UserError(f"unknown distillation method {name!r}: choose one of {', '.join(METHODS)}")
     return METHODS[name](
-        student, teacher, cfg_block, num_classes=num_classes, image_shape=image_shape, num_train=num_train
+        student,
+        teacher,
+        cfg_block,
+        num_classes=num_classes,
+        image_shape=image_shape,
+        num_train=num_train,
+        teacher_images=teacher_images,
     )
 
 

@@ -33,6 +33,7 @@ class Distiller(nn.Module, ABC):
         mode. `vanilla` needs none, and does not run the one it may be given.
     settings: the method's block of the configuration, with the keys of `defaults()`.
     num_classes, image_shape (C, H, W), num_train: the data set's classes, image shape and number of training images.
+    teacher_images: what makes the teacher's images of the student's, where they are normalised otherwise.
     Raises UserError where teacher, student, data set and settings do not fit together.
     """
 
@@ -50,10 +51,12 @@ class Distiller(nn.Module, ABC):
         num_classes: int,
         image_shape: tuple[int, int, int],
         num_train: int,
+        teacher_images: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        self.teacher_images = teacher_images or nn.Identity()
         self.settings = settings
         self.num_classes, self.image_shape, self.num_train = num_classes, tuple(image_shape), num_train
         self.register_buffer("epoch", torch.tensor(1.0), persistent=False)  # counts from 1; the trainer sets it
@@ -84,7 +87,7 @@ class Distiller(nn.Module, ABC):
         teacher = None
         if self.needs_teacher:
             with torch.no_grad():
-                teacher = self.teacher.features(images)
+                teacher = self.teacher.features(self.teacher_images(images))
         with torch.autocast(images.device.type, enabled=False):
             losses = self.losses(student, teacher, labels, indices)
         return student.logits, losses
