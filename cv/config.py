@@ -34,7 +34,8 @@ def defaults() -> CfgNode:
     cfg.DATASET.SUBSET = 0  # train on so many images only, a class-balanced choice (int, 0: all)
     cfg.DATASET.SUBSET_SEED = 0  # of that choice (int, -1: SOLVER.SEED, other images under every seed)
     cfg.DATASET.HELD_OUT = 0  # training images to test on instead of the test set, for tuning; not trained on (int)
-    cfg.DATASET.AUGMENT = True  # random crop with zero padding and, except for digits, flip (bool)
+    cfg.DATASET.AUGMENT = True  # random crop and, except for digits, flip (bool)
+    cfg.DATASET.CROP = "pad"  # of AUGMENT: with zero padding, or resized: of 8% to 100%, as for ImageNet (str)
 
     cfg.DISTILLER = CfgNode()
     cfg.DISTILLER.TYPE = "vanilla"  # method: vanilla trains the student alone, see cv/methods (str)
@@ -221,6 +222,7 @@ def _validate(cfg: CfgNode, where: str) -> None:
         ("DATASET.SUBSET", cfg.DATASET.SUBSET >= 0, "0 or a number of images"),
         ("DATASET.SUBSET_SEED", -1 <= cfg.DATASET.SUBSET_SEED < 2**32, "-1 (SOLVER.SEED) or from 0 to below 2^32"),
         ("DATASET.HELD_OUT", cfg.DATASET.HELD_OUT >= 0, "0 or a number of images"),
+        ("DATASET.CROP", cfg.DATASET.CROP in ("pad", "resized"), "pad or resized"),
         ("SOLVER.BATCH_SIZE", solver.BATCH_SIZE >= 2, "at least 2: batch norm cannot train on a single image"),
         ("SOLVER.EPOCHS", solver.EPOCHS >= 1, "at least 1"),
         ("SOLVER.EVAL_EPOCHS", solver.EVAL_EPOCHS >= 1, "at least 1"),

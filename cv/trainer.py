@@ -90,6 +90,7 @@ def _train(
         subset=cfg.DATASET.SUBSET or None,
         subset_seed=solver.SEED if cfg.DATASET.SUBSET_SEED == -1 else cfg.DATASET.SUBSET_SEED,
         held_out=cfg.DATASET.HELD_OUT,
+        crop=cfg.DATASET.CROP,
     )
     set_seed(solver.SEED)
     built = _build(cfg, data, accelerator)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from common.run.errors import UserError
-from cv.data.augment import Augment
+from cv.data.augment import Augment, ResizedCrop
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +41,8 @@ class ImageSet:
 class DataSets:
     """A data set ready for training; `mean` and `std` are per channel, of pixel values scaled to 0..1.
 
-    `classes` are the names of the labels where the source has them. `augment` is the customary augmentation of this
-    data set: zero padding of an eighth of the side (4 pixels for CIFAR) and a flip, without the flip for digits.
+    `classes` are the names of the labels where the source has them. `augment` is the augmentation of this data set: a
+    crop, by zero padding of an eighth of the side (4 pixels for CIFAR) or resized, and a flip, except for digits.
     `notes` are lines for the user: what of the source was not read.
     """
 
@@ -51,7 +51,7 @@ class DataSets:
     classes: list[str] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augment: Augment
+    augment: Augment | ResizedCrop
     notes: tuple[str, ...] = ()
 
 

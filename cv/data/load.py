@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from common.run.errors import UserError
-from cv.data.augment import Augment
+from cv.data.augment import Augment, ResizedCrop
 from cv.data.cifar import CIFAR10, CIFAR100, read_cifar
 from cv.data.digits import read_digits
 from cv.data.folders import read_folder, read_tiny_imagenet
@@ -33,13 +33,15 @@ def load_dataset(
     subset: int | None = None,
     subset_seed: int = 0,
     held_out: int = 0,
+    crop: str = "pad",
 ) -> DataSets:
     """Read a data set into memory (N * C * H * W bytes on the CPU); nothing is cached.
 
     name: cifar100, cifar10 (layouts: `read_cifar`), tiny-imagenet, folder (layouts: cv/data/folders.py) or digits (root
     is not looked at). image_size: side in pixels that all images are brought to; None keeps their own, which must be
     one. subset: train on that many images only, a balanced choice by `subset_seed` (`balanced_subset`). held_out: take
-    that many training images out of training, and test on them instead of the test images (`choose_images`). Mean and
+    that many training images out of training, and test on them instead of the test images (`choose_images`). crop: of
+    the augmentation, "pad" (`Augment`) or "resized" (`ResizedCrop`). Mean and
     standard deviation are the customary constants for CIFAR, else those of all training images. Any bad input is a
     `UserError`.
     """
@@ -71,7 +73,10 @@ def load_dataset(
     if held_out:
         every = torch.arange(len(train))
         train, test = train.take(every[:-held_out]), train.take(every[-held_out:])
-    augment = Augment(padding=min(height, width) // PADDING_SHARE, flip=name != "digits")
+    flip = name != "digits"
+    augment: Augment | ResizedCrop = Augment(min(height, width) // PADDING_SHARE, flip)
+    if crop == "resized":
+        augment = ResizedCrop(height, width, flip)
     return DataSets(train, test, classes, mean, std, augment, tuple(notes))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.run.errors import UserError
-from cv.data.augment import Augment, normalize
+from cv.data.augment import Augment, ResizedCrop, normalize
 from cv.data.image_set import ImageSet
 
 
@@ -32,7 +32,7 @@ class EpochLoader:
         image_set: ImageSet,
         batch_size: int,
         *,
-        augment: Augment | None,
+        augment: Augment | ResizedCrop | None,
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device | str,
