@@ -14,6 +14,7 @@ from common.run.errors import UserError
 from common.run.reading import reading
 from common.run.record import check_circumstances
 from cv.config import defaults, leaves
+from cv.data import ImageSet
 from cv.methods import Distiller
 
 # what a resumed run may change; LOG.*, too
@@ -38,14 +39,23 @@ def load_weights(distiller: Distiller, saved: Mapping[str, Tensor]) -> None:
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of nested dictionaries, lists, tensors, numbers and texts."""
+    """SHA-256 of nested dictionaries, lists, tensors, numbers, texts and sets of images, as [images, labels]."""
     digest = hashlib.sha256()
+
+    def add_values(each: Tensor) -> None:
+        flat = each.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
 
     def add(each: Any) -> None:
         if isinstance(each, Tensor):
             digest.update(f"{each.dtype}{tuple(each.shape)}".encode())
-            flat = each.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+            add_values(each)
+        elif isinstance(each, ImageSet):
+            digest.update(f"[{each.images.dtype}{(len(each), *each.images.shape[1:])}".encode())
+            for part in each.parts():
+                add_values(part)
+            add(each.labels)
+            digest.update(b"]")
         elif isinstance(each, Mapping):
             for key, entry in each.items():
                 digest.update(f"{key!r}:".encode())

@@ -26,6 +26,7 @@ from cv import checkpoint
 from cv.blocks import copy_from_teacher
 from cv.config import as_dict, repository_path
 from cv.data import DataSets, EpochLoader, load_dataset
+from cv.data.cache import DECODED
 from cv.data.memory import memory_errors, memory_is_short
 from cv.dskd import build_dskd, layer_map, layer_pairs
 from cv.export import check_onnx_packages, export_onnx, load_model, save_model
@@ -91,6 +92,7 @@ def _train(
         subset_seed=solver.SEED if cfg.DATASET.SUBSET_SEED == -1 else cfg.DATASET.SUBSET_SEED,
         held_out=cfg.DATASET.HELD_OUT,
         crop=cfg.DATASET.CROP,
+        cache=output.path.parent / DECODED,
     )
     set_seed(solver.SEED)
     built = _build(cfg, data, accelerator)
@@ -395,7 +397,7 @@ class _Run:
     @cached_property
     def data_sha256(self) -> str:
         """Of the images and labels that are trained on."""
-        return checkpoint.fingerprint([self.data.train.images, self.data.train.labels])
+        return checkpoint.fingerprint(self.data.train)
 
     def _circumstances(self) -> dict[str, int]:
         """What steps and batches depend on besides the settings."""
