@@ -19,13 +19,14 @@ from cv.methods import Distiller
 
 # what a resumed run may change; LOG.*, too
 _FREE_ON_RESUME = ("OUTPUT_DIR", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "DISTILLER.STUDENT_CKPT", "SOLVER.EPOCHS")
-_FREE_ON_RESUME += ("SOLVER.COMPILE",)
+_FREE_ON_RESUME += ("DISTILLER.TEACHER_CKPTS", "SOLVER.COMPILE")
 _RESTART = "start again with --overwrite"
 
 
 def weights(distiller: Distiller) -> dict[str, Tensor]:
-    """All of a method's tensors but the teacher's, which comes from its own folder again."""
-    return {name: value for name, value in distiller.state_dict().items() if not name.startswith("teacher.")}
+    """All of a method's tensors but the teachers', which come from their own folders again."""
+    left_out = ("teacher.", "more_teachers.")
+    return {name: value for name, value in distiller.state_dict().items() if not name.startswith(left_out)}
 
 
 def load_weights(distiller: Distiller, saved: Mapping[str, Tensor]) -> None:
@@ -145,6 +146,10 @@ def check(
         )
     check_circumstances(path, state.get("circumstances", {}), circumstances)
     if state.get("teacher_sha256", teacher_sha256) != teacher_sha256:
+        if cfg.DISTILLER.TEACHERS:
+            raise UserError(
+                f"--resume: {path} was written with other teachers; give their folders as DISTILLER.TEACHER_CKPTS"
+            )
         raise UserError(
             f"--resume: {path} was written with another {cfg.DISTILLER.TEACHER} as teacher; give its folder as "
             "DISTILLER.TEACHER_CKPT"

@@ -43,6 +43,8 @@ def defaults() -> CfgNode:
     cfg.DISTILLER.STUDENT_CKPT = ""  # a timm or torchvision student's start: safetensors file, or pretrained (str)
     cfg.DISTILLER.TEACHER = ""  # network that is distilled; vanilla needs none without DSKD and START teacher (str)
     cfg.DISTILLER.TEACHER_CKPT = ""  # folder with model.json and model.safetensors, or as above (str, default: by name)
+    cfg.DISTILLER.TEACHERS = []  # several in place of TEACHER, for kd and dkd; DSKD pairs with the first (list)
+    cfg.DISTILLER.TEACHER_CKPTS = []  # as TEACHER_CKPT, one for each of TEACHERS (list, empty: all by name)
     cfg.DISTILLER.START = "random"  # the student's weights: random, or teacher: a copy of its paired blocks (str)
 
     cfg.SOLVER = CfgNode()
@@ -244,6 +246,26 @@ def _validate(cfg: CfgNode, where: str) -> None:
     for key, holds, expected in checks:
         if not holds:
             raise UserError(f"{where}: {key} = {_shown(values[key])}: expected {expected}")
+    _validate_teachers(cfg.DISTILLER, where)
+
+
+def _validate_teachers(distiller: CfgNode, where: str) -> None:
+    names, places = distiller.TEACHERS, distiller.TEACHER_CKPTS
+    given = f"{where}: DISTILLER.TEACHERS = {_shown(names)}"
+    if not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{given}: expected a list of networks")
+    several = [name for name, method in METHODS.items() if method.takes_teachers]
+    if names and distiller.TYPE not in several:
+        raise UserError(
+            f"{given}: {distiller.TYPE} takes one, as DISTILLER.TEACHER; several are for {' and '.join(several)}"
+        )
+    if names and (distiller.TEACHER or distiller.TEACHER_CKPT):
+        raise UserError(f"{given}: stands in place of DISTILLER.TEACHER and TEACHER_CKPT; set those to ''")
+    if len(places) not in (0, len(names)) or not all(isinstance(place, str) for place in places):
+        raise UserError(
+            f"{where}: DISTILLER.TEACHER_CKPTS = {_shown(places)}: expected a folder for each of the {len(names)} "
+            "DISTILLER.TEACHERS, or none"
+        )
 
 
 def _is_pair(value: Any) -> bool:

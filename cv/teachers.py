@@ -50,6 +50,24 @@ class Start(NamedTuple):
     normalisation: Normalisation | None = None
 
 
+def each_teacher(cfg: CfgNode) -> list[CfgNode]:
+    """The configuration as if each of `DISTILLER.TEACHERS` were the only one, or itself where there is one."""
+    names, places = cfg.DISTILLER.TEACHERS, cfg.DISTILLER.TEACHER_CKPTS
+    if not names:
+        return [cfg]
+    found = []
+    for name, place in zip(names, places or [""] * len(names), strict=True):
+        one = cfg.clone()
+        one.DISTILLER.TEACHER, one.DISTILLER.TEACHER_CKPT = name, place
+        found.append(one)
+    return found
+
+
+def _place_key(cfg: CfgNode) -> str:
+    """The setting that gives a teacher's folder, for a message."""
+    return "DISTILLER.TEACHER_CKPTS" if cfg.DISTILLER.get("TEACHERS") else "DISTILLER.TEACHER_CKPT"
+
+
 def find_teacher(cfg: CfgNode) -> Path:
     """Folder with model.json and model.safetensors of `DISTILLER.TEACHER`.
 
@@ -68,7 +86,7 @@ def find_teacher(cfg: CfgNode) -> Path:
     for place in places:
         if (place / "model.json").is_file():
             return place
-    raise UserError(f"no trained {name} for {dataset}; train it with `{_command(cfg)}`, or set DISTILLER.TEACHER_CKPT")
+    raise UserError(f"no trained {name} for {dataset}; train it with `{_command(cfg)}`, or set {_place_key(cfg)}")
 
 
 def _command(cfg: CfgNode) -> str:
@@ -110,7 +128,7 @@ def load_teacher(
     build_model(name, num_classes, in_channels)  # refuses an unknown name before a folder is looked for
     folder = find_teacher(cfg)
     if is_library(name) and (cfg.DISTILLER.TEACHER_CKPT == PUBLISHED or folder.suffix == ".safetensors"):
-        teacher, info, sha256 = _library_teacher(name, cfg.DISTILLER.TEACHER_CKPT, in_channels)
+        teacher, info, sha256 = _library_teacher(name, _place_key(cfg), cfg.DISTILLER.TEACHER_CKPT, in_channels)
     else:
         teacher, info = load_model(folder)
         sha256 = weights_hash(folder)
@@ -122,8 +140,7 @@ def load_teacher(
     if held_out and left_out != held_out:
         raise UserError(
             f"DATASET.HELD_OUT {held_out}: {folder} was trained with {left_out}, so that it has seen images that this "
-            f"run would be tested on; train a {name} with DATASET.HELD_OUT {held_out}, and give it as "
-            "DISTILLER.TEACHER_CKPT"
+            f"run would be tested on; train a {name} with DATASET.HELD_OUT {held_out}, and give it as {_place_key(cfg)}"
         )
     accuracy = f", top-1 {info['accuracy']:.2f}" if info.get("accuracy") is not None else ""
     accuracy += " on held-out images" if accuracy and left_out else ""
@@ -132,14 +149,14 @@ def load_teacher(
     return Teacher(teacher, sha256, line, Normalisation.of(info), info.get("accuracy"), notes)
 
 
-def _library_teacher(name: str, given: str, in_channels: int) -> tuple[Network, dict[str, Any], str]:
+def _library_teacher(name: str, key: str, given: str, in_channels: int) -> tuple[Network, dict[str, Any], str]:
     """The network of a library's weights as they are, for the classes that these have; as `load_model`, and a hash."""
-    weights, normalisation = _library_weights("DISTILLER.TEACHER_CKPT", given, name)
+    weights, normalisation = _library_weights(key, given, name)
     head = f"{build_model(name, 1, in_channels).classifier_name}.weight"
     if head not in weights or weights[head].dim() != 2:
-        raise UserError(f"DISTILLER.TEACHER_CKPT {given} is not a {name}: {head} is absent in it")
+        raise UserError(f"{key} {given} is not a {name}: {head} is absent in it")
     teacher = build_model(name, len(weights[head]), in_channels)
-    _fill(teacher, weights, f"DISTILLER.TEACHER_CKPT {given}", name)
+    _fill(teacher, weights, f"{key} {given}", name)
     described = {"architecture": name, "num_classes": len(weights[head]), "in_channels": in_channels}
     return teacher.eval(), described | normalisation._asdict(), fingerprint(weights)
 
@@ -155,7 +172,7 @@ def _data_notes(
             if by_class:
                 raise UserError(
                     f"{told}, and {cfg.DISTILLER.TYPE} compares the two networks class by class; train a "
-                    f"{cfg.DISTILLER.TEACHER} on this data set, and give it as DISTILLER.TEACHER_CKPT"
+                    f"{cfg.DISTILLER.TEACHER} on this data set, and give it as {_place_key(cfg)}"
                 )
             return (told,)
     dataset = info.get("dataset") or cfg.DATASET.NAME

@@ -32,11 +32,11 @@ from cv.dskd import build_dskd, layer_map, layer_pairs
 from cv.export import check_onnx_packages, export_onnx, load_model, save_model
 from cv.methods import METHODS, Distiller, build_distiller
 from cv.models import build_model
-from cv.normalisation import Normalisation, Renormalise
+from cv.normalisation import Normalisation, Renormalise, change_of_images
 from cv.output import BEFORE, CHECKPOINT, WRITTEN, RunFolder
 from cv.reporting import baseline, cost, next_steps, summary, warnings_before
 from cv.sync_bn import synchronise
-from cv.teachers import Teacher, find_teacher, load_student, load_teacher
+from cv.teachers import Teacher, each_teacher, find_teacher, load_student, load_teacher
 from dskd.groups import Pairs
 
 EVALUATION_BATCH = 500
@@ -96,8 +96,9 @@ def _train(
     )
     set_seed(solver.SEED)
     built = _build(cfg, data, accelerator)
-    if overwrite and built.teacher is not None:
-        _check_teacher_stays(find_teacher(cfg), output.path)
+    if overwrite and built.teachers:
+        for each in each_teacher(cfg):
+            _check_teacher_stays(find_teacher(each), output.path)
     run = _Run(cfg, output, accelerator, data, built)
     check_space("OUTPUT_DIR", output.path, 2 * run.checkpoint_bytes())
     accelerator.wait_for_everyone()
@@ -114,9 +115,15 @@ def output_folder(cfg: CfgNode) -> Path:
     if distiller.TYPE == "vanilla" and not cfg.DSKD.ENABLED:
         name = f"vanilla_{distiller.STUDENT}"
     else:
-        name = f"{distiller.TYPE}_{distiller.TEACHER}_{distiller.STUDENT}" + ("_dskd" if cfg.DSKD.ENABLED else "")
+        name = f"{distiller.TYPE}_{_names_of_teachers(cfg, '+')}_{distiller.STUDENT}" + (
+            "_dskd" if cfg.DSKD.ENABLED else ""
+        )
     name += "_from_teacher" if distiller.START == "teacher" else ""
     return ROOT / "outputs" / cfg.DATASET.NAME / name / f"seed{cfg.SOLVER.SEED}"
+
+
+def _names_of_teachers(cfg: CfgNode, between: str) -> str:
+    return cfg.DISTILLER.TEACHER or between.join(cfg.DISTILLER.TEACHERS)
 
 
 def evaluate(model: nn.Module, loader: EpochLoader) -> dict[str, float]:
@@ -160,16 +167,16 @@ class _Built(NamedTuple):
 
     distiller: Distiller
     pairs: Pairs
-    teacher: Teacher | None
+    teachers: list[Teacher]
     normalisation: Normalisation
 
 
 class _Run:
     def __init__(self, cfg: CfgNode, output: RunFolder, accelerator: Accelerator, data: DataSets, built: _Built):
         self.cfg, self.output, self.folder, self.accelerator, self.data = cfg, output, output.path, accelerator, data
-        self.distiller, self.pairs, self.teacher, self.normalisation = built
+        self.distiller, self.pairs, self.teachers, self.normalisation = built
         distiller, pairs = self.distiller, self.pairs
-        self.teacher_sha256 = None if built.teacher is None else built.teacher.sha256
+        self.teacher_sha256 = ", ".join(each.sha256 for each in self.teachers) or None
         solver = cfg.SOLVER
         self.dskd = build_dskd(pairs, cfg.DSKD, solver.SEED) if cfg.DSKD.ENABLED else None
         common = {
@@ -440,7 +447,7 @@ class _Run:
             task=cfg.DATASET.NAME,
             method=cfg.DISTILLER.TYPE,
             dskd=as_dict(cfg.DSKD) if cfg.DSKD.ENABLED else None,
-            teacher=cfg.DISTILLER.TEACHER or None,
+            teacher=_names_of_teachers(cfg, ", ") or None,
             teacher_sha256=self.teacher_sha256,
             student=cfg.DISTILLER.STUDENT,
             seed=cfg.SOLVER.SEED,
@@ -467,8 +474,7 @@ class _Run:
 
     def _summarise(self, last: float, best: float) -> None:
         shape = tuple(self.data.test.images.shape[1:])
-        teacher = self.distiller.teacher
-        rows = [("teacher", self.teacher.accuracy, cost(teacher, shape))] if teacher is not None else []
+        rows = [("teacher", each.accuracy, cost(each.network, shape)) for each in self.teachers]
         rows += [(*baseline(self.data), None), ("student, last", last, cost(self.distiller.student, shape))]
         print(summary([*rows, ("student, best", best, None)]))
         if self.dskd is not None and not self.dskd.choices:
@@ -482,56 +488,51 @@ def _check_teacher_stays(teacher: Path, folder: Path) -> None:
 
 
 def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> _Built:
-    """The method with its networks on the device, DSKD's pairs, the teacher; prints what distils what."""
+    """The method with its networks on the device, DSKD's pairs, the teachers; prints what distils what."""
     classes, channels = data.train.num_classes, data.train.images.shape[1]
     student = build_model(cfg.DISTILLER.STUDENT, classes, channels)
     start = load_student(cfg, student)
     _check_images(cfg, student, tuple(data.train.images.shape[1:]))
     method = METHODS[cfg.DISTILLER.TYPE]
-    teacher = network = None
+    teachers: list[Teacher] = []
     copied = cfg.DISTILLER.START == "teacher"
     if method.needs_teacher or cfg.DSKD.ENABLED or copied:
         by_class = method.needs_teacher and method.compares_classes
-        teacher = load_teacher(cfg, classes, channels, data.classes, by_class=by_class)
-        network = teacher.network
+        for each in each_teacher(cfg):
+            teachers.append(load_teacher(each, classes, channels, data.classes, by_class=by_class))
+    first, *more = [each.network for each in teachers] or [None]
     of_data = Normalisation(data.mean, data.std)
     of_student = start.normalisation or of_data
     if copied:
-        copy_from_teacher(student, network)
-        of_student = teacher.normalisation or of_student
+        copy_from_teacher(student, first)
+        of_student = teachers[0].normalisation or of_student
     block = cfg.DISTILLER.TYPE.upper()
     distiller = build_distiller(
         cfg.DISTILLER.TYPE,
         student,
-        network,
+        first,
         cfg.get(block, CfgNode()),
         num_classes=classes,
         image_shape=tuple(data.train.images.shape[1:]),
         num_train=len(data.train),
-        teacher_images=_images_of(teacher, of_student, of_data),
+        more_teachers=more,
+        teacher_images=[change_of_images(of_student, each.normalisation or of_data) for each in teachers],
     ).to(accelerator.device)
     if cfg.SOLVER.CHANNELS_LAST:
         distiller.to(memory_format=torch.channels_last)
-    notes = start.notes if teacher is None else (*start.notes, *teacher.notes)
-    if isinstance(distiller.teacher_images, Renormalise) and method.needs_teacher:
-        notes += (f"the teacher's images are normalised as those that it was trained on: {teacher.normalisation}",)
-    pairs = layer_pairs(student, network, cfg.DSKD) if cfg.DSKD.ENABLED else []
+    notes = (*start.notes, *(note for each in teachers for note in each.notes))
+    for each, change in zip(teachers, distiller.teacher_images, strict=False):
+        if isinstance(change, Renormalise) and method.needs_teacher:
+            notes += (f"the teacher's images are normalised as those that it was trained on: {each.normalisation}",)
+    pairs = layer_pairs(student, first, cfg.DSKD) if cfg.DSKD.ENABLED else []
     if cfg.SOLVER.SYNC_BN and accelerator.num_processes > 1:
         synchronise(distiller)
     if cfg.SOLVER.COMPILE:
-        for each in filter(None, (student, network)):
-            each.features = torch.compile(each.features)
+        for network in filter(None, (student, first, *more)):
+            network.features = torch.compile(network.features)
     if accelerator.is_main_process:
-        _announce(cfg, data, distiller, pairs, teacher.line if teacher is not None else None, notes)
-    return _Built(distiller, pairs, teacher, of_student)
-
-
-def _images_of(teacher: Teacher | None, of_student: Normalisation, of_data: Normalisation) -> Renormalise | None:
-    """What makes a teacher's images of the student's, where the two are normalised differently."""
-    if teacher is None:
-        return None
-    of_teacher = teacher.normalisation or of_data
-    return None if of_student.is_close(of_teacher) else Renormalise(of_student, of_teacher)
+        _announce(cfg, data, distiller, pairs, " and ".join(each.line for each in teachers), notes)
+    return _Built(distiller, pairs, teachers, of_student)
 
 
 @torch.no_grad()
@@ -554,7 +555,7 @@ def _tested_on(cfg: CfgNode) -> str:
 
 
 def _announce(
-    cfg: CfgNode, data: DataSets, distiller: Distiller, pairs: Pairs, source: str | None, notes: tuple[str, ...]
+    cfg: CfgNode, data: DataSets, distiller: Distiller, pairs: Pairs, source: str, notes: tuple[str, ...]
 ) -> None:
     teacher = f" from {source}" if source else ""
     teacher += ", started as a copy of its blocks" if cfg.DISTILLER.START == "teacher" else ""

@@ -165,6 +165,7 @@ OUT_OF_RANGE = {
     "DISTILLER.TYPE": "kdd",
     "DISTILLER.START": "copy",
     "DATASET.IMAGE_SIZE": "1",
+    "DATASET.CROP": "center",
     "DATASET.SUBSET": "-1",
     "DATASET.SUBSET_SEED": "-2",
     "DATASET.HELD_OUT": "-1",

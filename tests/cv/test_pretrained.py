@@ -53,7 +53,7 @@ def seen_images(monkeypatch) -> list:
 
     def look(self, images, labels, indices):
         if not seen:
-            seen.extend([indices, images, self.teacher_images(images)])
+            seen.extend([indices, images, *[change(images) for change in self.teacher_images]])
         return forward(self, images, labels, indices)
 
     monkeypatch.setattr(cv.methods.Distiller, "forward", look)
