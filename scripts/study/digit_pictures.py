@@ -2,7 +2,7 @@
 
 python scripts/study/digit_pictures.py FOLDER
 
-Writes FOLDER/train/<digit>/ (1,437 files of 8x8 pixels) and FOLDER/val/<digit>/ (360): the split of DATASET.NAME digits.
+Writes FOLDER/train/<digit>/ (1,437 files of 8x8 pixels) and FOLDER/val/<digit>/ (360), split as DATASET.NAME digits.
 """
 
 import sys
