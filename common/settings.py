@@ -80,18 +80,17 @@ SETTINGS = (
         part="loss",
     ),
     Setting(
-        *("grad_steps", "--grad_steps", "GRAD_STEPS", None, 2, Number(int, 1)),
+        *("grad_steps", "--grad_steps", "GRAD_STEPS", None, 1, Number(int, 1)),
         "optimizer steps for which a gradient of the DSKD loss is held (1, with a drift and a smoothing of 0: exact "
         "in every step; GLUE's default: as many as SVD_STEPS)",
-        "a decomposition of BERT's matrices costs more than a ResNet's step; the learning rate of GLUE is small enough "
-        "to hold a smoothed gradient (docs/performance.md)",
+        "exact on CIFAR; on GLUE a decomposition of BERT's matrices costs too much for every step, and the learning "
+        "rate is small enough to hold a smoothed gradient (docs/performance.md)",
         part="loss",
     ),
     Setting(
-        *("drift", "--drift", "DRIFT", 0.0, 0.0003, Number(float, 0)),
+        *("drift", "--drift", "DRIFT", 0.0, 0.0, Number(float, 0)),
         "after GRAD_STEPS steps, fewer than SVD_STEPS, hold the gradient on while no matrix has moved by more than "
         "this share of its norm (0: never)",
-        "ends of the CIFAR schedule, where weights hardly move",
         part="loss",
     ),
     Setting(
@@ -117,8 +116,9 @@ SETTINGS = (
     ),
     Setting(
         *("control", "--direction", "DIRECTION", "sensitive", "sensitive"),
-        ("sensitive", "plain", "random", "shuffled", "shrink", "released"),
+        ("sensitive", "plain", "random", "shuffled", "shrink", "released", "ewc"),
         "sensitive is DSKD; the others are controls: plain (W_s - W_t) and random have a gradient of the same norm; "
+        "ewc, with basis curvature, has the diagonal of the Fisher matrix in place of its factors; "
         "shuffled is DSKD towards the teacher's matrices with rows and columns shuffled, shrink towards zeros, without "
         "a teacher; released has the truncated gradient of the authors' release",
     ),
@@ -169,6 +169,11 @@ def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
         yield Conflict("smoothing", ("control", control))
         if basis != "own":
             yield Conflict("control", ("basis", "own"), needs=True)
+    if control == "ewc":
+        if basis != "curvature":
+            yield Conflict("control", ("basis", "curvature"), needs=True)
+        elif score != "sensitivity":
+            yield Conflict("score", ("control", control), ("sensitivity",))
 
 
 def by_name(record: Mapping[str, Any]) -> dict[str, Any]:

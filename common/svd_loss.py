@@ -18,6 +18,7 @@ from dskd import (
 from dskd.controls import (
     ConstantProgress,
     Dealt,
+    DiagonalFisher,
     Plain,
     RandomDirection,
     ReleasedGradient,
@@ -64,7 +65,9 @@ def build_reading(values: Mapping[str, Any], seed: int) -> Reading:
     """The reading of some settings, within its control."""
     basis, control, score = values["basis"], values["control"], values["score"]
     reading: Reading
-    if basis == "curvature":
+    if control == "ewc":
+        reading = DiagonalFisher()
+    elif basis == "curvature":
         curvature = Curvature(**_part("reading", values))
         reading = ShuffledFactors(curvature, seed) if score == "random" else curvature
     else:

@@ -46,6 +46,7 @@ def defaults() -> CfgNode:
     cfg.DISTILLER.TEACHERS = []  # several in place of TEACHER, for kd and dkd; DSKD pairs with the first (list)
     cfg.DISTILLER.TEACHER_CKPTS = []  # as TEACHER_CKPT, one for each of TEACHERS (list, empty: all by name)
     cfg.DISTILLER.START = "random"  # the student's weights: random, or teacher: a copy of its paired blocks (str)
+    cfg.DISTILLER.FREEZE = []  # parameters of the student that stay as they start, such as "conv1.*" (list)
 
     cfg.SOLVER = CfgNode()
     cfg.SOLVER.BATCH_SIZE = 64  # images per optimizer step, over all processes together (int)
@@ -58,6 +59,8 @@ def defaults() -> CfgNode:
     cfg.SOLVER.LR_DECAY_RATE = 0.1  # factor of a decay (float)
     cfg.SOLVER.MOMENTUM = 0.9  # of SGD (float)
     cfg.SOLVER.WEIGHT_DECAY = 5e-4  # on every parameter; AdamW's is apart from the gradient (float)
+    cfg.SOLVER.L2SP = 0.0  # L2 towards the starting weights: this / 2 * ||w - w_start||^2 in the loss (float)
+    cfg.SOLVER.EMA = 0.0  # decay of a running mean of the student, which is then evaluated and saved; 0: none (float)
     cfg.SOLVER.SEED = 1  # of initialisation, order and augmentation (int)
     cfg.SOLVER.PRECISION = "fp32"  # fp32, bf16 or fp16 (GPU only) mixed precision (str)
     cfg.SOLVER.CHANNELS_LAST = True  # NHWC memory layout of images and weights (bool)
@@ -235,6 +238,9 @@ def _validate(cfg: CfgNode, where: str) -> None:
         ("SOLVER.LR_DECAY_RATE", solver.LR_DECAY_RATE > 0, "above 0"),
         ("SOLVER.MOMENTUM", 0 <= solver.MOMENTUM < 1, "in [0, 1)"),
         ("SOLVER.WEIGHT_DECAY", solver.WEIGHT_DECAY >= 0, "at least 0"),
+        ("SOLVER.L2SP", solver.L2SP >= 0, "at least 0"),
+        ("SOLVER.EMA", 0 <= solver.EMA < 1, "in [0, 1)"),
+        ("DISTILLER.FREEZE", all(isinstance(each, str) for each in cfg.DISTILLER.FREEZE), "a list of names"),
         ("SOLVER.SEED", 0 <= solver.SEED < 2**32, "from 0 to below 2^32"),
         ("SOLVER.PRECISION", solver.PRECISION in ("fp32", "bf16", "fp16"), "fp32, bf16 or fp16"),
         *key_checks(cfg.DSKD),

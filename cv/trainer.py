@@ -34,6 +34,7 @@ from cv.methods import METHODS, Distiller, build_distiller
 from cv.models import build_model
 from cv.normalisation import Normalisation, Renormalise, change_of_images
 from cv.output import BEFORE, CHECKPOINT, WRITTEN, RunFolder
+from cv.regularisers import StartingPoint, averaged, freeze
 from cv.reporting import baseline, cost, next_steps, summary, warnings_before
 from cv.sync_bn import synchronise
 from cv.teachers import Teacher, each_teacher, find_teacher, load_student, load_teacher
@@ -178,6 +179,8 @@ class _Run:
         distiller, pairs = self.distiller, self.pairs
         self.teacher_sha256 = ", ".join(each.sha256 for each in self.teachers) or None
         solver = cfg.SOLVER
+        self.student = distiller.average.module if solver.EMA else distiller.student  # that is evaluated and saved
+        self.l2sp = StartingPoint(distiller.student, solver.L2SP) if solver.L2SP else None
         self.dskd = build_dskd(pairs, cfg.DSKD, solver.SEED) if cfg.DSKD.ENABLED else None
         common = {
             "mean": self.normalisation.mean,
@@ -236,7 +239,7 @@ class _Run:
                 self._check_student()  # the loss tells nothing of the last update
                 evaluated = epoch % cfg.SOLVER.EVAL_EPOCHS == 0 or epoch == cfg.SOLVER.EPOCHS
                 if main and evaluated:
-                    scores = evaluate(self.distiller.student, self.test_loader)
+                    scores = evaluate(self.student, self.test_loader)
                     progress.history.append({"epoch": epoch, **scores})
                     self._log(epoch=epoch, **{f"test_{name}": value for name, value in scores.items()})
                     bar.set_postfix_str(f"epoch {epoch}{self._reached()}")
@@ -344,8 +347,14 @@ class _Run:
             alignment = self.dskd()
             loss = loss + self.cfg.DSKD.LAMBDA * alignment
             parts["dskd_loss"] = alignment.detach()
+        if self.l2sp is not None:
+            penalty = self.l2sp()
+            loss = loss + penalty
+            parts["l2sp_loss"] = penalty.detach()
         self.accelerator.backward(loss)
         self.optimizer.step()
+        if self.cfg.SOLVER.EMA:
+            self.distiller.average.update_parameters(self.distiller.student)
         return {"loss": loss.detach(), **parts}, (logits.detach().argmax(1) == labels).sum()
 
     def _log(self, **values: float) -> None:
@@ -356,7 +365,7 @@ class _Run:
     def _export(self, name: str, scores: dict[str, float]) -> None:
         height, width = self.data.test.images.shape[-2:]
         save_model(
-            self.distiller.student,
+            self.student,
             self.cfg.DISTILLER.STUDENT,
             self.folder / name,
             image_size=height if height == width else [height, width],
@@ -506,6 +515,7 @@ def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> _Built:
     if copied:
         copy_from_teacher(student, first)
         of_student = teachers[0].normalisation or of_student
+    freeze(student, cfg.DISTILLER.FREEZE)
     block = cfg.DISTILLER.TYPE.upper()
     distiller = build_distiller(
         cfg.DISTILLER.TYPE,
@@ -518,6 +528,8 @@ def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> _Built:
         more_teachers=more,
         teacher_images=[change_of_images(of_student, each.normalisation or of_data) for each in teachers],
     ).to(accelerator.device)
+    if cfg.SOLVER.EMA:
+        distiller.average = averaged(student, cfg.SOLVER.EMA)
     if cfg.SOLVER.CHANNELS_LAST:
         distiller.to(memory_format=torch.channels_last)
     notes = (*start.notes, *(note for each in teachers for note in each.notes))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .groups import Pairs
-from .matrices import as_matrix, columns
+from .matrices import as_matrix, columns, unit_scale
 from .readings import Curvature, Own, Reading, State
 from .readings.own import low_rank_part
 from .sensitivity import Score, selected_count
@@ -157,6 +157,46 @@ class ShuffledFactors(Control):
         generators = [_generator(self.seed + (side == "right"), teacher) for teacher in teachers]
         order = torch.stack([torch.randperm(factors.shape[-1], generator=g) for g in generators]).to(factors.device)
         return columns(columns(factors, order).mT, order)
+
+
+@dataclass(frozen=True, repr=False)
+class DiagonalFisher(Reading):
+    """EWC (Kirkpatrick et al., PNAS 2017) on paired weights: L = (s / r) sum F D^2, D = W_s - W_t, r = min(m, n).
+
+    F is a running mean of the squared gradients of single entries, as `Curvature` keeps one of the gradients' products;
+    the factor s = ||D|| / ||F D|| is a constant and gives the gradient the norm of that of ||D||^2 / r, as there. The
+    Fisher matrix is the empirical one of whole batches (Ritter, Botev & Barber, NeurIPS 2018, compare the two forms).
+
+    Args:
+        memory: share of the former F that stays when a gradient is added.
+    """
+
+    memory: float = 0.95
+    gradual = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.memory < 1.0:
+            raise ValueError(f"memory must lie in [0, 1), got {self.memory}")
+
+    def start(self, student_mn: Tensor) -> State:
+        return {"fisher": torch.ones_like(student_mn)}
+
+    def choose(self, update_mn: Tensor, gradient_mn: Tensor, progress: float, chosen: State) -> State:
+        """The running mean `fisher` (rows, m, n), of a mean entry of 1, with one gradient more in it."""
+        squares = unit_scale(gradient_mn)[0].square()
+        total = squares.mean((-2, -1), keepdim=True)
+        return {"fisher": torch.lerp(squares / torch.where(total > 0, total, 1.0), chosen["fisher"], self.memory)}
+
+    def value_and_gradient(self, student_mn: Tensor, target: State, chosen: State) -> tuple[Tensor, Tensor]:
+        gap_mn = student_mn - target["teacher"]
+        pull_mn = _with_norm_of(gap_mn, chosen["fisher"] * gap_mn) / min(gap_mn.shape[-2:])
+        return (gap_mn * pull_mn).sum((-2, -1)), 2 * pull_mn
+
+    def weights(self, chosen: State) -> Tensor:
+        """The sums (rows, r) of F along its longer side, falling, by their sum."""
+        m, n = chosen["fisher"].shape[-2:]
+        sums = chosen["fisher"].sum(-1 if m < n else -2)
+        return sums.sort(-1, descending=True).values / (m * n)
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def unit_scale(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     So that products of four factors stay within float32's range.
     """
-    largest: Tensor = torch.linalg.vector_norm(matrix, float("inf"), (-2, -1), keepdim=True)
+    largest = matrix.abs().amax((-2, -1), keepdim=True)  # several times faster on a CPU than the infinity norm
     largest = torch.where(largest > 0, largest, 1.0)
     return matrix / largest, largest
 

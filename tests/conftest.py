@@ -1,6 +1,7 @@
 """Set-up that every test shares: the torchvision repair, one thread a worker, where real data may lie."""
 
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from common import ROOT
 from common.torchvision_repair import repair_torchvision
 
 repair_torchvision()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 torch.set_num_threads(1)  # tests run in parallel workers; the tensors are tiny
 
 

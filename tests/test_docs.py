@@ -321,7 +321,7 @@ def test_a_network_and_a_method_of_your_own_work_as_described(tmp_path):
     for words in commands:
         driver += f"sys.argv = {[*words, *short]!r}\nrunpy.run_path({words[0]!r}, run_name='__main__')\n"
     done = subprocess.run(
-        [sys.executable, "-c", driver], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", driver], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "plain from resnet20 of " in done.stdout

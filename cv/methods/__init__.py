@@ -13,6 +13,7 @@ from cv.methods.dkd import DKD
 from cv.methods.expkd import ExpKD
 from cv.methods.fitnet import FitNet
 from cv.methods.kd import KD
+from cv.methods.practise import Practise
 from cv.methods.reviewkd import ReviewKD
 from cv.methods.sp import SP
 from cv.methods.vanilla import Vanilla
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Distiller]] = {
     "sp": SP,
     "crd": CRD,
     "reviewkd": ReviewKD,
+    "practise": Practise,
 }
 
 

@@ -30,7 +30,15 @@ from common.settings import (
 from common.svd_loss import build_loss, build_reading
 from cv.config import defaults, load_config
 from dskd import Curvature, DirectionSensitivityLoss, Own, Spectrum, Update
-from dskd.controls import ConstantProgress, Dealt, Plain, RandomDirection, ReleasedGradient, ShuffledFactors
+from dskd.controls import (
+    ConstantProgress,
+    Dealt,
+    DiagonalFisher,
+    Plain,
+    RandomDirection,
+    ReleasedGradient,
+    ShuffledFactors,
+)
 from dskd.sensitivity import magnitude, sensitivity, tempered
 
 BASE = str(ROOT / "configs" / "demo" / "base.yaml")
@@ -173,7 +181,7 @@ def test_a_new_setting_of_the_loss_is_handed_to_it(monkeypatch):
     handed = {}
     monkeypatch.setattr(common.svd_loss, "DirectionSensitivityLoss", lambda pairs, reading, **how: handed.update(how))
     build_loss(pairs(), of_keys(load_config(BASE, ["DSKD.ENDURANCE", "7"]).DSKD), 1)
-    assert handed == {"svd_steps": 100, "grad_steps": 2, "drift": 0.0003, "endurance": 7}
+    assert handed == {"svd_steps": 100, "grad_steps": 1, "drift": 0.0, "endurance": 7}
 
 
 # The table of the documentation
@@ -192,8 +200,8 @@ def test_defaults_that_are_none_are_left_blank():
     rows = [row.split("|") for row in settings_table().splitlines()[2:]]
     rows = {flag.strip(" `"): [glue.strip(), cifar.strip()] for _, flag, _, glue, cifar, *_ in rows}
     assert rows["--alpha"] == ["", ""]
-    assert rows["--grad_steps"] == ["", "2"]
-    assert rows["--drift"] == ["0.0", "0.0003"]
+    assert rows["--grad_steps"] == ["", "1"]
+    assert rows["--drift"] == ["0.0", "0.0"]
 
 
 # By name
@@ -249,6 +257,8 @@ def test_the_defaults_exclude_nothing():
         ({"score": "magnitude"}, "alpha"),
         ({"control": "released"}, "smoothing"),
         ({"control": "released", "basis": "update"}, "smoothing control"),
+        ({"control": "ewc"}, "control"),
+        ({"control": "ewc", "basis": "curvature", "score": "random"}, "rank smoothing driver alpha span score"),
         ({"basis": "curvature", "score": "tempered"}, "rank smoothing driver alpha span score"),
     ],
     ids=str,
@@ -322,6 +332,7 @@ def test_words_and_numbers_are_checked_by_argparse():
         ({"control": "plain"}, Plain(Own(0))),
         ({"control": "random", "basis": "update"}, RandomDirection(Update(0), 7)),
         ({"control": "released"}, ReleasedGradient(Own(0))),
+        ({"control": "ewc", "basis": "curvature"}, DiagonalFisher()),
         ({"control": "shuffled"}, Own(0)),
         ({"control": "shrink"}, Own(0)),
         ({"alpha": 0.0}, ConstantProgress(Own(0), 0.0)),

@@ -164,6 +164,7 @@ def test_a_file_must_give_texts_where_texts_belong(yaml, text, key):
 OUT_OF_RANGE = {
     "DISTILLER.TYPE": "kdd",
     "DISTILLER.START": "copy",
+    "DISTILLER.FREEZE": "[1]",
     "DATASET.IMAGE_SIZE": "1",
     "DATASET.CROP": "center",
     "DATASET.SUBSET": "-1",
@@ -173,6 +174,8 @@ OUT_OF_RANGE = {
     "SOLVER.EPOCHS": "0",
     "SOLVER.EVAL_EPOCHS": "0",
     "SOLVER.LR": "0",
+    "SOLVER.L2SP": "-1",
+    "SOLVER.EMA": "1",
     "SOLVER.OPTIMIZER": "adam",
     "SOLVER.SCHEDULE": "linear",
     "SOLVER.LR_DECAY_STAGES": "[0]",
@@ -215,7 +218,7 @@ def test_a_number_that_is_not_finite_in_float32_is_refused(yaml, key, value):
 
 
 def test_every_range_that_is_checked_is_tested():
-    checked = re.findall(r'^        \(\s*"([A-Z_.]+)",\s', (ROOT / "cv" / "config.py").read_text(), re.MULTILINE)
+    checked = re.findall(r'^        \(\s*"([A-Z0-9_.]+)",\s', (ROOT / "cv" / "config.py").read_text(), re.MULTILINE)
     assert sorted(OUT_OF_RANGE) == sorted([*checked, *(f"DSKD.{setting.key}" for setting in SETTINGS)])
 
 

@@ -38,10 +38,15 @@ class TinyNet(nn.Module):
         return self.features(x).logits
 
 
+def last_width(name):
+    """Of a teacher that the method takes beside a TinyNet of the default widths."""
+    return 10 if name == "practise" else 20
+
+
 def build(name, student=None, teacher=None, num_train=NUM_TRAIN, **settings):
     torch.manual_seed(0)
     student = student or TinyNet()
-    teacher = teacher or TinyNet(widths=(4, 12, 16, 20))
+    teacher = teacher or TinyNet(widths=(4, 12, 16, last_width(name)))
     block = method_defaults()[name.upper()]
     block.update(settings)
     return build_distiller(
@@ -131,7 +136,8 @@ def test_bfloat16_autocast_gives_nearly_the_same_losses_in_float32(name):
 
 @pytest.mark.parametrize("name", DISTILLING)
 def test_stages_of_other_sizes_distil(name):
-    distiller = build(name, teacher=TinyNet(widths=(4, 12, 16, 20), strides=(2, 1, 2, 1)))
+    strides = (1, 1, 2, 2) if name == "practise" else (2, 1, 2, 1)
+    distiller = build(name, teacher=TinyNet(widths=(4, 12, 16, last_width(name)), strides=strides))
     losses = run(distiller)[1]
     assert sum(losses.values()).isfinite()
 
@@ -158,7 +164,7 @@ def test_warmup_grows_linearly_to_the_full_weight(name, part):
 def test_state_resumes_bit_for_bit(name):
     first = build(name)
     run(first)
-    second = build(name, student=TinyNet(), teacher=TinyNet(widths=(4, 12, 16, 20)))
+    second = build(name, student=TinyNet(), teacher=TinyNet(widths=(4, 12, 16, last_width(name))))
     second.load_state_dict(first.state_dict())
     assert run(second, seed=3)[1] == run(first, seed=3)[1]
 
@@ -240,3 +246,18 @@ def test_crd_negatives_are_clipped_to_the_other_images(num_train, negatives):
 def test_crd_needs_something_to_contrast():
     with pytest.raises(UserError, match="at least 2 training images"):
         build("crd", num_train=1)
+
+
+def test_practise_compares_the_last_maps_and_leaves_the_classifier():
+    distiller = build("practise", MAP_WEIGHT=3.0)
+    images = batch()[0]
+    ours, theirs = (network.features(images).maps[-1] for network in (distiller.student, distiller.teacher))
+    torch.testing.assert_close(run(distiller)[1]["map"], 3.0 * (ours - theirs).square().mean())
+    trained = {id(parameter) for parameter in distiller.trainable_parameters()}
+    assert not trained & {id(parameter) for parameter in distiller.student.classifier.parameters()}
+
+
+def test_practise_asks_for_maps_of_one_shape():
+    shapes = r"\(10, 4, 4\) of the student and \(20, 4, 4\) of the teacher"
+    with pytest.raises(UserError, match=f"method practise: the last feature maps are {shapes}"):
+        build("practise", teacher=TinyNet(widths=(4, 12, 16, 20)))

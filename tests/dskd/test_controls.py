@@ -15,6 +15,7 @@ from dskd import Curvature, Own, Update
 from dskd.controls import (
     ConstantProgress,
     Dealt,
+    DiagonalFisher,
     Plain,
     RandomDirection,
     ReleasedGradient,
@@ -469,3 +470,58 @@ def test_a_control_of_no_rows_gives_none():
         chosen = control.start(nothing)
         value, gradient = control.value_and_gradient(nothing, control.target(nothing, chosen, {}), chosen)
         assert (value.shape, gradient.shape) == ((0,), (0, 6, 5))
+
+
+# The diagonal Fisher of EWC
+def test_ewc_pulls_every_entry_by_its_mean_squared_gradient():
+    shape, memory = (2, 6, 5), 0.8
+    student, teacher = draw(*shape, seed=1), draw(*shape, seed=2)
+    reading, fisher = DiagonalFisher(memory), np.ones(shape)
+    chosen = reading.start(student)
+    for seed in (3, 4, 5):
+        G = draw(*shape, seed=seed)
+        chosen = reading.choose(G, G, 0.5, chosen)
+        squares = G.numpy() ** 2
+        fisher = memory * fisher + (1 - memory) * squares / squares.mean((1, 2), keepdims=True)
+    value, gradient = reading.value_and_gradient(student, reading.target(teacher, chosen, {}), chosen)
+    D = (student - teacher).numpy()
+    norm = np.linalg.norm
+    scale = norm(D, axis=(1, 2)) / norm(fisher * D, axis=(1, 2)) / 5
+    np.testing.assert_allclose(value, scale * (fisher * D**2).sum((1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(gradient, 2 * scale[:, None, None] * fisher * D, rtol=1e-12)
+    np.testing.assert_allclose(norm(gradient, axis=(1, 2)), 2 * norm(D, axis=(1, 2)) / 5, rtol=1e-12)
+
+
+def test_ewc_starts_as_the_plain_difference_and_is_zero_at_the_teacher():
+    reading, teacher = DiagonalFisher(), draw(1, 4, 3, seed=1)
+    chosen = reading.start(teacher)
+    target = reading.target(teacher, chosen, {})
+    value, gradient = reading.value_and_gradient(teacher + 0.5, target, chosen)
+    assert_close(gradient, torch.full_like(teacher, 2 * 0.5 / 3))
+    value, gradient = reading.value_and_gradient(teacher, target, chosen)
+    assert not value.any()
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_the_fisher_does_not_depend_on_the_size_of_gradients(size):
+    gradient, reading = draw(1, 4, 3, seed=1), DiagonalFisher(0.5)
+    fisher = [
+        reading.choose(scaled, scaled, 0.5, reading.start(scaled))["fisher"]
+        for scaled in (gradient.float(), gradient.float() * size)
+    ]
+    assert_close(*fisher)
+
+
+def test_the_weights_of_ewc_are_the_shares_of_the_shorter_side():
+    fisher = torch.tensor([[[1.0, 2.0, 3.0], [0.0, 6.0, 0.0]]])
+    assert_close(DiagonalFisher().weights({"fisher": fisher}), torch.tensor([[1.0, 1.0]]))
+    assert_close(DiagonalFisher().weights({"fisher": fisher.mT * 1.0}), torch.tensor([[1.0, 1.0]]))
+    fisher[0, 1, 1] = 18.0
+    assert_close(DiagonalFisher().weights({"fisher": fisher}), torch.tensor([[3.0, 1.0]]))
+
+
+@pytest.mark.parametrize("memory", [-0.1, 1.0, float("nan")])
+def test_a_memory_outside_its_range_is_refused(memory):
+    with pytest.raises(ValueError, match="memory must lie in"):
+        DiagonalFisher(memory)

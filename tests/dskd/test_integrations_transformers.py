@@ -355,3 +355,19 @@ def test_other_weights_than_those_of_the_optimizer_are_refused(tmp_path):
     trainer = new_trainer(tmp_path, lambda student, teacher: make_loss(llama(1, 0), teacher))
     with pytest.raises(ValueError, match=r"pair model\.layers\.0\.self_attn\.q_proj: .* no parameter group"):
         trainer.train()
+
+
+def test_a_decoupled_loss_pulls_beside_the_step(tmp_path):
+    trained, _ = trainer_run(tmp_path, "plain", 1, make=lambda **how: DskdTrainer(dskd_decoupled=True, **how))
+    student, teacher = networks("plain")
+    dskd, optimizer = make_loss(student, teacher), torch.optim.SGD(student.parameters(), lr=0.1)
+    dskd.attach(optimizer, STEPS, WEIGHT, decoupled=True)
+    data = Tokens(STEPS)
+    for step in range(STEPS):
+        rows = [data[step * BATCH + i] for i in range(BATCH)]
+        optimizer.zero_grad()
+        student(**{key: torch.stack([row[key] for row in rows]) for key in rows[0]})["loss"].backward()
+        nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        optimizer.step()
+    for ours, theirs in zip(trained.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
