@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from .matrices import is_whole
 from .sharding import local
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Attachment:
     ):
         if loss.attachment is not None:
             raise ValueError("the DSKD loss follows an optimizer already; call detach() on what attach returned first")
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        if not is_whole(total_steps, 1):
             raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
         if weight is not None and not 0.0 <= weight < float("inf"):
             raise ValueError(f"weight must be 0 or a positive number, got {weight}")
