@@ -12,7 +12,7 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 PROGRAMS = [
     "torchvision>=0.20",
-    "transformers>=4.48,<6",
+    "transformers>=4.48.3,<6",
     "accelerate>=1.3",
     "datasets>=3",
     "safetensors>=0.4.5",
@@ -52,7 +52,7 @@ setup(
     install_requires=["torch>=2.5"],
     extras_require={
         "programs": PROGRAMS,
-        "timm": ["timm>=1.0"],
+        "timm": ["timm>=1.0.3"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.6", "onnxruntime>=1.20"],
         "dev": [
             "pytest>=8",

@@ -14,17 +14,19 @@ from common.run.errors import UserError
 from common.run.reading import reading
 from common.run.record import check_circumstances
 from cv.config import defaults, leaves
+from cv.data import ImageSet
 from cv.methods import Distiller
 
 # what a resumed run may change; LOG.*, too
 _FREE_ON_RESUME = ("OUTPUT_DIR", "DATASET.ROOT", "DISTILLER.TEACHER_CKPT", "DISTILLER.STUDENT_CKPT", "SOLVER.EPOCHS")
-_FREE_ON_RESUME += ("SOLVER.COMPILE", "SOLVER.DETERMINISTIC")
+_FREE_ON_RESUME += ("DISTILLER.TEACHER_CKPTS", "SOLVER.COMPILE", "SOLVER.DETERMINISTIC")
 _RESTART = "start again with --overwrite"
 
 
 def weights(distiller: Distiller) -> dict[str, Tensor]:
-    """All of a method's tensors but the teacher's, which comes from its own folder again."""
-    return {name: value for name, value in distiller.state_dict().items() if not name.startswith("teacher.")}
+    """All of a method's tensors but the teachers', which come from their own folders again."""
+    left_out = ("teacher.", "more_teachers.")
+    return {name: value for name, value in distiller.state_dict().items() if not name.startswith(left_out)}
 
 
 def load_weights(distiller: Distiller, saved: Mapping[str, Tensor]) -> None:
@@ -38,14 +40,23 @@ def load_weights(distiller: Distiller, saved: Mapping[str, Tensor]) -> None:
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of nested dictionaries, lists, tensors, numbers and texts."""
+    """SHA-256 of nested dictionaries, lists, tensors, numbers, texts and sets of images, as [images, labels]."""
     digest = hashlib.sha256()
+
+    def add_values(each: Tensor) -> None:
+        flat = each.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
 
     def add(each: Any) -> None:
         if isinstance(each, Tensor):
             digest.update(f"{each.dtype}{tuple(each.shape)}".encode())
-            flat = each.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+            add_values(each)
+        elif isinstance(each, ImageSet):
+            digest.update(f"[{each.images.dtype}{(len(each), *each.images.shape[1:])}".encode())
+            for part in each.parts():
+                add_values(part)
+            add(each.labels)
+            digest.update(b"]")
         elif isinstance(each, Mapping):
             for key, entry in each.items():
                 digest.update(f"{key!r}:".encode())
@@ -135,6 +146,10 @@ def check(
         )
     check_circumstances(path, state.get("circumstances", {}), circumstances)
     if state.get("teacher_sha256", teacher_sha256) != teacher_sha256:
+        if cfg.DISTILLER.TEACHERS:
+            raise UserError(
+                f"--resume: {path} was written with other teachers; give their folders as DISTILLER.TEACHER_CKPTS"
+            )
         raise UserError(
             f"--resume: {path} was written with another {cfg.DISTILLER.TEACHER} as teacher; give its folder as "
             "DISTILLER.TEACHER_CKPT"

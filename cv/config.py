@@ -34,14 +34,17 @@ def defaults() -> CfgNode:
     cfg.DATASET.SUBSET = 0  # train on so many images only, a class-balanced choice (int, 0: all)
     cfg.DATASET.SUBSET_SEED = 0  # of that choice (int, -1: SOLVER.SEED, other images under every seed)
     cfg.DATASET.HELD_OUT = 0  # training images to test on instead of the test set, for tuning; not trained on (int)
-    cfg.DATASET.AUGMENT = True  # random crop with zero padding and, except for digits, flip (bool)
+    cfg.DATASET.AUGMENT = True  # random crop and, except for digits, flip (bool)
+    cfg.DATASET.CROP = "pad"  # of AUGMENT: with zero padding, or resized: of 8% to 100%, as for ImageNet (str)
 
     cfg.DISTILLER = CfgNode()
     cfg.DISTILLER.TYPE = "vanilla"  # method: vanilla trains the student alone, see cv/methods (str)
     cfg.DISTILLER.STUDENT = "resnet20"  # network that is trained, see cv/models; timm/<name>, torchvision/<name> (str)
-    cfg.DISTILLER.STUDENT_CKPT = ""  # safetensors file that a timm or torchvision student starts from (str)
+    cfg.DISTILLER.STUDENT_CKPT = ""  # a timm or torchvision student's start: safetensors file, or pretrained (str)
     cfg.DISTILLER.TEACHER = ""  # network that is distilled; vanilla needs none without DSKD and START teacher (str)
-    cfg.DISTILLER.TEACHER_CKPT = ""  # folder with its model.json and model.safetensors (str, default: found by name)
+    cfg.DISTILLER.TEACHER_CKPT = ""  # folder with model.json and model.safetensors, or as above (str, default: by name)
+    cfg.DISTILLER.TEACHERS = []  # several in place of TEACHER, for kd and dkd; DSKD pairs with the first (list)
+    cfg.DISTILLER.TEACHER_CKPTS = []  # as TEACHER_CKPT, one for each of TEACHERS (list, empty: all by name)
     cfg.DISTILLER.START = "random"  # the student's weights: random, or teacher: a copy of its paired blocks (str)
     cfg.DISTILLER.FREEZE = []  # parameters of the student that stay as they start, such as "conv1.*" (list)
 
@@ -225,6 +228,7 @@ def _validate(cfg: CfgNode, where: str) -> None:
         ("DATASET.SUBSET", cfg.DATASET.SUBSET >= 0, "0 or a number of images"),
         ("DATASET.SUBSET_SEED", -1 <= cfg.DATASET.SUBSET_SEED < 2**32, "-1 (SOLVER.SEED) or from 0 to below 2^32"),
         ("DATASET.HELD_OUT", cfg.DATASET.HELD_OUT >= 0, "0 or a number of images"),
+        ("DATASET.CROP", cfg.DATASET.CROP in ("pad", "resized"), "pad or resized"),
         ("SOLVER.BATCH_SIZE", solver.BATCH_SIZE >= 2, "at least 2: batch norm cannot train on a single image"),
         ("SOLVER.EPOCHS", solver.EPOCHS >= 1, "at least 1"),
         ("SOLVER.EVAL_EPOCHS", solver.EVAL_EPOCHS >= 1, "at least 1"),
@@ -249,6 +253,26 @@ def _validate(cfg: CfgNode, where: str) -> None:
     for key, holds, expected in checks:
         if not holds:
             raise UserError(f"{where}: {key} = {_shown(values[key])}: expected {expected}")
+    _validate_teachers(cfg.DISTILLER, where)
+
+
+def _validate_teachers(distiller: CfgNode, where: str) -> None:
+    names, places = distiller.TEACHERS, distiller.TEACHER_CKPTS
+    given = f"{where}: DISTILLER.TEACHERS = {_shown(names)}"
+    if not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{given}: expected a list of networks")
+    several = [name for name, method in METHODS.items() if method.takes_teachers]
+    if names and distiller.TYPE not in several:
+        raise UserError(
+            f"{given}: {distiller.TYPE} takes one, as DISTILLER.TEACHER; several are for {' and '.join(several)}"
+        )
+    if names and (distiller.TEACHER or distiller.TEACHER_CKPT):
+        raise UserError(f"{given}: stands in place of DISTILLER.TEACHER and TEACHER_CKPT; set those to ''")
+    if len(places) not in (0, len(names)) or not all(isinstance(place, str) for place in places):
+        raise UserError(
+            f"{where}: DISTILLER.TEACHER_CKPTS = {_shown(places)}: expected a folder for each of the {len(names)} "
+            "DISTILLER.TEACHERS, or none"
+        )
 
 
 def _is_pair(value: Any) -> bool:

@@ -5,7 +5,8 @@
 The file is read by torch.load(weights_only=True): tensors in plain containers, no other objects. Its weights are those
 of the file itself or of its entry model, state_dict or net. Names are taken as they are or, of the ResNets of
 mdistiller and RepDistiller, changed to the names used here (layer1 -> stages.0, downsample -> shortcut, fc ->
-classifier); --rename replaces a further part of every name. Then every name and shape must be the network's.
+classifier); --rename replaces a further part of every name. Of timm/<name> and torchvision/<name> the names are the
+library's, and the mean and std of its published weights are noted. Then every name and shape must be the network's.
 """
 
 import argparse
@@ -44,16 +45,22 @@ def convert(file: Path, architecture: str, out: Path, renames: list[str], **meta
     import torch
 
     from cv.export import save_model
-    from cv.models import build_model
+    from cv.models import build_model, is_library
+    from cv.models.pretrained import AUXILIARY, published_normalisation
 
     if (out / "model.json").exists():
         raise UserError(f"{out} holds a saved network already; give another folder as --out")
-    weights = {_renamed(name, renames): value for name, value in _read(file).items()}
-    head = weights.get("classifier.weight")
+    library = is_library(architecture)
+    weights = {_renamed(name, renames, library): value for name, value in _read(file).items()}
+    if library:
+        weights = {
+            name: value for name, value in weights.items() if not name.removeprefix("net.").startswith(AUXILIARY)
+        }
+    of_head = f"net.{build_model(architecture, 1).classifier_name}.weight" if library else "classifier.weight"
+    head = weights.get(of_head)
     if head is None or head.dim() != 2:
-        raise UserError(
-            f"{file}: no classifier.weight; its names are {', '.join(list(weights)[:5])} ... (see --rename)"
-        )
+        names = ", ".join(name.removeprefix("net.") for name in list(weights)[:5])
+        raise UserError(f"{file}: no {of_head.removeprefix('net.')}; its names are {names} ... (see --rename)")
     stem = next((value for value in weights.values() if value.dim() == 4), None)
     if stem is None:
         raise UserError(f"{file}: no convolution in it")
@@ -69,6 +76,8 @@ def convert(file: Path, architecture: str, out: Path, renames: list[str], **meta
         if not weights[name].isfinite().all():
             raise UserError(f"{file}: {name} is not finite")
     model.load_state_dict(weights)
+    if library:
+        metadata |= published_normalisation(architecture)._asdict()
     save_model(model, architecture, out, **metadata)
 
 
@@ -93,13 +102,15 @@ def _read(file: Path) -> dict:
     return {str(name): value for name, value in found.items()}
 
 
-def _renamed(name: str, renames: list[str]) -> str:
+def _renamed(name: str, renames: list[str], library: bool) -> str:
     for each in renames:
         old, equals, new = each.partition("=")
         if not old or not equals:
             raise UserError(f"--rename {each}: expected OLD=NEW")
         name = name.replace(old, new)
     name = name.removeprefix("module.")  # of DataParallel
+    if library:
+        return f"net.{name}"
     name = re.sub(r"^layer(\d+)\.", lambda found: f"stages.{int(found[1]) - 1}.", name)
     return re.sub(r"^(fc|linear)\.", "classifier.", name.replace(".downsample.", ".shortcut."))
 

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import math
 import shlex
 from pathlib import Path
 from textwrap import shorten
@@ -26,6 +27,8 @@ DESCRIBED = (  # keys that are read: type, in words
     ("held_out", int, "a number of images"),
     ("dataset", str, "a data set's name"),
     ("class_names", list, "a list of names"),
+    ("mean", list, "a number per channel"),
+    ("std", list, "a number per channel"),
 )
 LARGEST = 10**6  # of num_classes and in_channels
 PICKLED = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".pkl")
@@ -110,7 +113,20 @@ def _read_description(file: Path) -> dict[str, Any]:
     for key in ("num_classes", "in_channels"):
         if not 1 <= info[key] <= LARGEST:
             raise UserError(f"{file}: {key} is {info[key]}; expected 1 to {LARGEST}")
+    for key, least in (("mean", -math.inf), ("std", 0)):
+        values = info.get(key)
+        if values is not None and not (
+            len(values) == info["in_channels"] and all(_is_number(value) and value > least for value in values)
+        ):
+            raise UserError(
+                f"{file}: {key} is {shorten(repr(values), 80)}; expected {info['in_channels']} finite numbers"
+                + (" above 0" if key == "std" else "")
+            )
     return info
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_onnx_packages() -> None:

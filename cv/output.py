@@ -24,7 +24,7 @@ WRITTEN = (
     "metrics.jsonl",
     "directions.jsonl",
 )
-WRITTEN += ("result.json",)
+WRITTEN += ("confusion.json", "result.json")
 _FORMER = ".former_run"  # an earlier run, while the one that replaces it has no checkpoint
 _MOVING = ".former_run_moves"  # the same, on its way there or back
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from common.run.reading import read_json
 from cv.data import DataSets
 from cv.models import is_library
 
@@ -25,7 +24,8 @@ def warnings_before(cfg: CfgNode, data: DataSets) -> list[str]:
     said = []
     if solver.SCHEDULE == "steps" and (late := [stage for stage in solver.LR_DECAY_STAGES if stage >= solver.EPOCHS]):
         said.append(f"LR_DECAY_STAGES {late} lie behind the last epoch, {solver.EPOCHS}")
-    small = [name for name in (cfg.DISTILLER.STUDENT, cfg.DISTILLER.TEACHER) if name and not is_library(name)]
+    names = (cfg.DISTILLER.STUDENT, cfg.DISTILLER.TEACHER, *cfg.DISTILLER.TEACHERS)
+    small = [name for name in names if name and not is_library(name)]
     if side > _LARGEST_SIDE and small:
         said.append(
             f"{small[0]} is made for 32x32 pixels and takes 8 to {_LARGEST_SIDE}; images of {side} cost "
@@ -42,11 +42,6 @@ def warnings_before(cfg: CfgNode, data: DataSets) -> list[str]:
             f"{epochs} SOLVER.LR_DECAY_STAGES {str(stages).replace(' ', '')} would be {epochs * steps}{of}"
         )
     return said
-
-
-def recorded_accuracy(folder: Path) -> float | None:
-    """Top-1 of a saved network, as its model.json says."""
-    return read_json(folder / "model.json" if folder.is_dir() else folder).get("accuracy")
 
 
 def baseline(data: DataSets) -> tuple[str, float]:

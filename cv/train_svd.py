@@ -12,7 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.run.errors import Parser, UserError, run_cli
-from common.run.processes import resumes_after_restart, said_once
+from common.run.processes import said_once
+from common.run.restarts import resumes_after_restart
 
 
 def main() -> None:

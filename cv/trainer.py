@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
@@ -17,26 +18,30 @@ from yacs.config import CfgNode
 
 from common import ROOT
 from common.run.choices import ChoiceLog
+from common.run.confusion import Confusion, confused, write_confusion
 from common.run.disk import check_space
 from common.run.errors import UserError
 from common.run.files import write_aside, write_json
 from common.run.record import RunRecord
+from common.run.restarts import start_group
 from common.run.stopping import Request, Stopped, stop_requests
 from cv import checkpoint
 from cv.blocks import copy_from_teacher
 from cv.config import as_dict, repository_path
 from cv.data import DataSets, EpochLoader, load_dataset
+from cv.data.cache import DECODED
 from cv.data.memory import memory_errors, memory_is_short
 from cv.determinism import kernels
 from cv.dskd import build_dskd, layer_map, layer_pairs
 from cv.export import check_onnx_packages, export_onnx, load_model, save_model
 from cv.methods import METHODS, Distiller, build_distiller
 from cv.models import build_model
+from cv.normalisation import Normalisation, Renormalise, change_of_images
 from cv.output import BEFORE, CHECKPOINT, WRITTEN, RunFolder
 from cv.regularisers import StartingPoint, averaged, freeze
-from cv.reporting import baseline, cost, next_steps, recorded_accuracy, summary, warnings_before
+from cv.reporting import baseline, cost, next_steps, summary, warnings_before
 from cv.sync_bn import synchronise
-from cv.teachers import find_teacher, load_student, load_teacher
+from cv.teachers import Teacher, each_teacher, find_teacher, load_student, load_teacher
 from dskd.groups import Pairs
 
 EVALUATION_BATCH = 500
@@ -60,6 +65,7 @@ def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dic
     if cfg.LOG.ONNX:
         check_onnx_packages()
     folder = output_folder(cfg)
+    start_group()
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision={"fp32": "no"}.get(solver.PRECISION, solver.PRECISION),
@@ -91,12 +97,15 @@ def _train(
         subset=cfg.DATASET.SUBSET or None,
         subset_seed=solver.SEED if cfg.DATASET.SUBSET_SEED == -1 else cfg.DATASET.SUBSET_SEED,
         held_out=cfg.DATASET.HELD_OUT,
+        crop=cfg.DATASET.CROP,
+        cache=output.path.parent / DECODED,
     )
     set_seed(solver.SEED)
-    distiller, pairs, teacher_sha256 = _build(cfg, data, accelerator)
-    if overwrite and teacher_sha256 is not None:
-        _check_teacher_stays(find_teacher(cfg), output.path)
-    run = _Run(cfg, output, accelerator, data, distiller, pairs, teacher_sha256)
+    built = _build(cfg, data, accelerator)
+    if overwrite and built.teachers:
+        for each in each_teacher(cfg):
+            _check_teacher_stays(find_teacher(each), output.path)
+    run = _Run(cfg, output, accelerator, data, built)
     check_space("OUTPUT_DIR", output.path, 2 * run.checkpoint_bytes())
     accelerator.wait_for_everyone()
     if not resume:
@@ -112,22 +121,35 @@ def output_folder(cfg: CfgNode) -> Path:
     if distiller.TYPE == "vanilla" and not cfg.DSKD.ENABLED:
         name = f"vanilla_{distiller.STUDENT}"
     else:
-        name = f"{distiller.TYPE}_{distiller.TEACHER}_{distiller.STUDENT}" + ("_dskd" if cfg.DSKD.ENABLED else "")
+        name = f"{distiller.TYPE}_{_names_of_teachers(cfg, '+')}_{distiller.STUDENT}" + (
+            "_dskd" if cfg.DSKD.ENABLED else ""
+        )
     name += "_from_teacher" if distiller.START == "teacher" else ""
     return ROOT / "outputs" / cfg.DATASET.NAME / name / f"seed{cfg.SOLVER.SEED}"
 
 
-def evaluate(model: nn.Module, loader: EpochLoader) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent (top-5 of fewer than 5 classes counts all of them)."""
+def _names_of_teachers(cfg: CfgNode, between: str) -> str:
+    return cfg.DISTILLER.TEACHER or between.join(cfg.DISTILLER.TEACHERS)
+
+
+def evaluate(model: nn.Module, loader: EpochLoader) -> tuple[dict[str, float], np.ndarray]:
+    """(top-1 and top-5 accuracy in percent, the cells of a `Confusion`).
+
+    Top-5 of fewer than 5 classes counts all of them.
+    """
     model.eval()
-    first = fifth = torch.zeros((), device=loader.device, dtype=torch.int64)
+    fifth = torch.zeros((), device=loader.device, dtype=torch.int64)
+    pairs = []
     with torch.inference_mode():
         for images, labels, _ in loader.epoch(0):
             logits = model(images)
-            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            first, fifth = first + hits[:, 0].sum(), fifth + hits.sum()
+            highest = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            pairs.append(torch.stack([labels, highest[:, 0]]))
+            fifth = fifth + (highest == labels[:, None]).sum()
+    labels, predictions = torch.cat(pairs, dim=1).cpu().numpy()
     count = len(loader.image_set)
-    return {"top1": 100 * first.item() / count, "top5": 100 * fifth.item() / count}
+    top1, top5 = (labels == predictions).sum().item(), fifth.item()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}, confused(labels, predictions)
 
 
 def learning_rate(solver: CfgNode, epoch: int) -> float:
@@ -153,27 +175,28 @@ class _Progress:
         return max(self.history, key=lambda scores: scores["top1"])
 
 
+class _Built(NamedTuple):
+    """What `_build` makes of the settings; `normalisation` is that of the student's images."""
+
+    distiller: Distiller
+    pairs: Pairs
+    teachers: list[Teacher]
+    normalisation: Normalisation
+
+
 class _Run:
-    def __init__(
-        self,
-        cfg: CfgNode,
-        output: RunFolder,
-        accelerator: Accelerator,
-        data: DataSets,
-        distiller: Distiller,
-        pairs: Pairs,
-        teacher_sha256: str | None,
-    ):
+    def __init__(self, cfg: CfgNode, output: RunFolder, accelerator: Accelerator, data: DataSets, built: _Built):
         self.cfg, self.output, self.folder, self.accelerator, self.data = cfg, output, output.path, accelerator, data
-        self.distiller, self.pairs, self.teacher_sha256 = distiller, pairs, teacher_sha256
-        self.teacher_accuracy = recorded_accuracy(find_teacher(cfg)) if teacher_sha256 else None
+        self.distiller, self.pairs, self.teachers, self.normalisation = built
+        distiller, pairs = self.distiller, self.pairs
+        self.teacher_sha256 = ", ".join(each.sha256 for each in self.teachers) or None
         solver = cfg.SOLVER
         self.student = distiller.average.module if solver.EMA else distiller.student  # that is evaluated and saved
         self.l2sp = StartingPoint(distiller.student, solver.L2SP) if solver.L2SP else None
         self.dskd = build_dskd(pairs, cfg.DSKD, solver.SEED) if cfg.DSKD.ENABLED else None
         common = {
-            "mean": data.mean,
-            "std": data.std,
+            "mean": self.normalisation.mean,
+            "std": self.normalisation.std,
             "device": accelerator.device,
             "seed": solver.SEED,
             "channels_last": solver.CHANNELS_LAST,
@@ -228,7 +251,7 @@ class _Run:
                 self._check_student()  # the loss tells nothing of the last update
                 evaluated = epoch % cfg.SOLVER.EVAL_EPOCHS == 0 or epoch == cfg.SOLVER.EPOCHS
                 if main and evaluated:
-                    scores = evaluate(self.student, self.test_loader)
+                    scores = self._evaluate()
                     progress.history.append({"epoch": epoch, **scores})
                     self._log(epoch=epoch, **{f"test_{name}": value for name, value in scores.items()})
                     bar.set_postfix_str(f"epoch {epoch}{self._reached()}")
@@ -241,6 +264,14 @@ class _Run:
         self.accelerator.wait_for_everyone()  # no process closes its connections while another still reads
         self.accelerator.end_training()
         return self._finish(time.perf_counter() - self.start) if main else None
+
+    def _evaluate(self) -> dict[str, float]:
+        """The scores in percent; which classes are mixed up is written beside the record."""
+        scores, cells = evaluate(self.student, self.test_loader)
+        names = self.data.classes or [str(i) for i in range(self.data.test.num_classes)]
+        confusion = Confusion(tuple(names), cells, self.progress.step, _tested_on(self.cfg))
+        write_confusion(self.folder, confusion)
+        return scores | {name: 100 * value for name, value in confusion.scores().items()}
 
     def _train_epoch(self, epoch: int, bar: tqdm, request: Request, done: int) -> None:
         """The steps of an epoch after the first `done`."""
@@ -358,8 +389,8 @@ class _Run:
             self.cfg.DISTILLER.STUDENT,
             self.folder / name,
             image_size=height if height == width else [height, width],
-            mean=list(self.data.mean),
-            std=list(self.data.std),
+            mean=list(self.normalisation.mean),
+            std=list(self.normalisation.std),
             class_names=self.data.classes,
             dataset=self.cfg.DATASET.NAME,
             accuracy=scores["top1"],
@@ -380,6 +411,7 @@ class _Run:
             "teacher_sha256": self.teacher_sha256,
             "data_sha256": self.data_sha256,
             "circumstances": self._circumstances(),
+            "normalisation": list(self.normalisation),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         }
@@ -401,7 +433,7 @@ class _Run:
     @cached_property
     def data_sha256(self) -> str:
         """Of the images and labels that are trained on."""
-        return checkpoint.fingerprint([self.data.train.images, self.data.train.labels])
+        return checkpoint.fingerprint(self.data.train)
 
     def _circumstances(self) -> dict[str, int]:
         """What steps and batches depend on besides the settings."""
@@ -413,6 +445,12 @@ class _Run:
         for line in passed if self.accelerator.is_main_process else ():
             print(f"note: {line}", flush=True)
         checkpoint.check(path, state, self.cfg, self._circumstances(), self.teacher_sha256, lambda: self.data_sha256)
+        earlier = Normalisation(*state.get("normalisation", self.normalisation))
+        if not earlier.is_close(self.normalisation):
+            raise UserError(
+                f"--resume: {path} was written with images normalised by {earlier}, and now it is "
+                f"{self.normalisation}; give DISTILLER.STUDENT_CKPT as it was"
+            )
         with checkpoint.restoring(path):
             checkpoint.load_weights(self.distiller, state["weights"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -438,7 +476,7 @@ class _Run:
             task=cfg.DATASET.NAME,
             method=cfg.DISTILLER.TYPE,
             dskd=as_dict(cfg.DSKD) if cfg.DSKD.ENABLED else None,
-            teacher=cfg.DISTILLER.TEACHER or None,
+            teacher=_names_of_teachers(cfg, ", ") or None,
             teacher_sha256=self.teacher_sha256,
             student=cfg.DISTILLER.STUDENT,
             seed=cfg.SOLVER.SEED,
@@ -447,6 +485,8 @@ class _Run:
             last=last["top1"],
             best=best["top1"],
             last_top5=last["top5"],
+            last_balanced_accuracy=last.get("balanced_accuracy"),  # unknown to older checkpoints
+            last_macro_f1=last.get("macro_f1"),
             best_epoch=best["epoch"],
             epochs=cfg.SOLVER.EPOCHS,
             train_images=len(self.data.train),
@@ -465,8 +505,7 @@ class _Run:
 
     def _summarise(self, last: float, best: float) -> None:
         shape = tuple(self.data.test.images.shape[1:])
-        teacher = self.distiller.teacher
-        rows = [("teacher", self.teacher_accuracy, cost(teacher, shape))] if teacher is not None else []
+        rows = [("teacher", each.accuracy, cost(each.network, shape)) for each in self.teachers]
         rows += [(*baseline(self.data), None), ("student, last", last, cost(self.distiller.student, shape))]
         print(summary([*rows, ("student, best", best, None)]))
         if self.dskd is not None and not self.dskd.choices:
@@ -479,45 +518,55 @@ def _check_teacher_stays(teacher: Path, folder: Path) -> None:
         raise UserError(f"--overwrite would remove the teacher, {teacher}; give another OUTPUT_DIR")
 
 
-def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> tuple[Distiller, Pairs, str | None]:
-    """The method with its networks on the device, DSKD's pairs, the teacher's hash; prints what distils what."""
+def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> _Built:
+    """The method with its networks on the device, DSKD's pairs, the teachers; prints what distils what."""
     classes, channels = data.train.num_classes, data.train.images.shape[1]
     student = build_model(cfg.DISTILLER.STUDENT, classes, channels)
-    source_of_student = load_student(cfg, student)
+    start = load_student(cfg, student)
     _check_images(cfg, student, tuple(data.train.images.shape[1:]))
     method = METHODS[cfg.DISTILLER.TYPE]
-    teacher, teacher_sha256, source, notes = None, None, None, ()
+    teachers: list[Teacher] = []
     copied = cfg.DISTILLER.START == "teacher"
     if method.needs_teacher or cfg.DSKD.ENABLED or copied:
         by_class = method.needs_teacher and method.compares_classes
-        teacher, teacher_sha256, source, notes = load_teacher(cfg, classes, channels, data.classes, by_class=by_class)
+        for each in each_teacher(cfg):
+            teachers.append(load_teacher(each, classes, channels, data.classes, by_class=by_class))
+    first, *more = [each.network for each in teachers] or [None]
+    of_data = Normalisation(data.mean, data.std)
+    of_student = start.normalisation or of_data
     if copied:
-        copy_from_teacher(student, teacher)
+        copy_from_teacher(student, first)
+        of_student = teachers[0].normalisation or of_student
     freeze(student, cfg.DISTILLER.FREEZE)
     block = cfg.DISTILLER.TYPE.upper()
     distiller = build_distiller(
         cfg.DISTILLER.TYPE,
         student,
-        teacher,
+        first,
         cfg.get(block, CfgNode()),
         num_classes=classes,
         image_shape=tuple(data.train.images.shape[1:]),
         num_train=len(data.train),
+        more_teachers=more,
+        teacher_images=[change_of_images(of_student, each.normalisation or of_data) for each in teachers],
     ).to(accelerator.device)
     if cfg.SOLVER.EMA:
         distiller.average = averaged(student, cfg.SOLVER.EMA)
     if cfg.SOLVER.CHANNELS_LAST:
         distiller.to(memory_format=torch.channels_last)
-    notes = (*source_of_student, *notes)
-    pairs = layer_pairs(student, teacher, cfg.DSKD) if cfg.DSKD.ENABLED else []
+    notes = (*start.notes, *(note for each in teachers for note in each.notes))
+    for each, change in zip(teachers, distiller.teacher_images, strict=False):
+        if isinstance(change, Renormalise) and method.needs_teacher:
+            notes += (f"the teacher's images are normalised as those that it was trained on: {each.normalisation}",)
+    pairs = layer_pairs(student, first, cfg.DSKD) if cfg.DSKD.ENABLED else []
     if cfg.SOLVER.SYNC_BN and accelerator.num_processes > 1:
         synchronise(distiller)
     if cfg.SOLVER.COMPILE:
-        for network in filter(None, (student, teacher)):
+        for network in filter(None, (student, first, *more)):
             network.features = torch.compile(network.features)
     if accelerator.is_main_process:
-        _announce(cfg, data, distiller, pairs, source, notes)
-    return distiller, pairs, teacher_sha256
+        _announce(cfg, data, distiller, pairs, " and ".join(each.line for each in teachers), notes)
+    return _Built(distiller, pairs, teachers, of_student)
 
 
 @torch.no_grad()
@@ -540,7 +589,7 @@ def _tested_on(cfg: CfgNode) -> str:
 
 
 def _announce(
-    cfg: CfgNode, data: DataSets, distiller: Distiller, pairs: Pairs, source: str | None, notes: tuple[str, ...]
+    cfg: CfgNode, data: DataSets, distiller: Distiller, pairs: Pairs, source: str, notes: tuple[str, ...]
 ) -> None:
     teacher = f" from {source}" if source else ""
     teacher += ", started as a copy of its blocks" if cfg.DISTILLER.START == "teacher" else ""

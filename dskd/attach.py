@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from .matrices import is_whole
 from .sharding import local
 
 if TYPE_CHECKING:
@@ -29,10 +30,14 @@ class Attachment:
         weight: of the loss, whose gradient is then added to `.grad` right before each step, after the loop's own
             clipping; no term in the loss is needed. `None`: the loop adds `lambda * loss()` to its loss.
         skip: asked where directions are to be chosen: names of pairs that keep theirs, see `observe`.
+        decoupled: the gradient is not added to `.grad`; right before each step the weights themselves move by learning
+            rate * weight * gradient. An optimizer that divides gradients by their size (AdamW) then leaves the loss's
+            as it is, as with decoupled weight decay (Loshchilov & Hutter, ICLR 2019). The optimizer's update, in which
+            directions are chosen, has no part of it.
 
     Raises:
         ValueError: the loss follows an optimizer already, a pair's weight is in none of the optimizers, LBFGS (which
-            makes several updates a step), or a number out of range.
+            makes several updates a step), `decoupled` without a weight, or a number out of range.
     """
 
     def __init__(
@@ -42,14 +47,18 @@ class Attachment:
         total_steps: int,
         weight: float | None = None,
         skip: Callable[[], Collection[str]] | None = None,
+        decoupled: bool = False,
     ):
         if loss.attachment is not None:
             raise ValueError("the DSKD loss follows an optimizer already; call detach() on what attach returned first")
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        if not is_whole(total_steps, 1):
             raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
         if weight is not None and not 0.0 <= weight < float("inf"):
             raise ValueError(f"weight must be 0 or a positive number, got {weight}")
+        if decoupled and weight is None:
+            raise ValueError("a decoupled loss needs a weight: it is no term of the loop's loss")
         self.loss, self.total_steps, self.weight, self.skip = loss, total_steps, weight, skip
+        self.decoupled = decoupled
         given = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         optimizers = list(dict.fromkeys(_unwrapped(each) for each in given))
         self._places = self._places_in(optimizers)
@@ -117,8 +126,11 @@ class Attachment:
             self._finish()
         if self.weight is not None:
             gradients = self._gradients or self.loss.gradients()
-            scale = getattr(optimizer, "grad_scale", None)  # of a scaler whose optimizer unscales by itself
-            add_gradient([(self.loss.students[i], gradients[i]) for i in places], self.weight, scale)
+            pairs = [(self.loss.students[i], gradients[i]) for i in places]
+            if self.decoupled:
+                move_weights(optimizer, pairs, self.weight)
+            else:  # the scale is that of a scaler whose optimizer unscales by itself
+                add_gradient(pairs, self.weight, getattr(optimizer, "grad_scale", None))
             self._gradients = gradients if len(self._places) > 1 else []
         if self._step is None:
             progress = min(self.loss.steps / self.total_steps, 1.0)
@@ -161,6 +173,16 @@ def add_gradient(pairs: Iterable[tuple[Tensor, Tensor]], weight: float, scale: T
         wanted.append(local(D) if scale is None else local(D) * scale)
     if added:
         torch._foreach_add_(added, wanted, alpha=weight)
+
+
+@torch.no_grad()
+def move_weights(optimizer: Optimizer, pairs: Iterable[tuple[Tensor, Tensor]], weight: float) -> None:
+    """Take rate * weight * D from every W that is trained, for pairs (W, D); the rate is that of W's group."""
+    rates = {id(W): group["lr"] for group in optimizer.param_groups for W in group["params"]}
+    trained = [(W, D) for W, D in pairs if W.requires_grad]
+    if trained:
+        moves = [local(D).to(W.dtype) * rates[id(W)] for W, D in trained]
+        torch._foreach_sub_([local(W.detach()) for W, _ in trained], moves, alpha=weight)
 
 
 def _unwrapped(optimizer: Any) -> Optimizer:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .matrices import inner_product, working_dtype
+from .matrices import inner_product, is_whole, working_dtype
 from .sharding import is_sharded, local, sum_over_parts
 
 
@@ -74,7 +74,7 @@ class Held:
 
 def check_intervals(svd_steps: int, grad_steps: int, drift: float) -> None:
     for name, value in (("svd_steps", svd_steps), ("grad_steps", grad_steps)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_whole(value, 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     if isinstance(drift, bool) or not isinstance(drift, int | float) or not 0.0 <= drift < float("inf"):
         raise ValueError(f"drift must be 0 or a positive number, got {drift!r}")

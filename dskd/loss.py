@@ -77,8 +77,7 @@ class DirectionSensitivityLoss(Reports, Saved):
         self.pairs = pairs = check_pairs(pairs, self.reading.any_shape)
         self.svd_steps, self.grad_steps, self.drift = svd_steps, grad_steps, drift
         self.steps = self.choices = self.expansions = 0
-        self.names = [name for name, _, _ in pairs]
-        self.students, self.teachers = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
+        self.names, self.students, self.teachers = (list(column) for column in zip(*pairs, strict=True))
         self.groups = group_by_shape(pairs)
         self.held: Held | None = None
         self.starts: list[Tensor] = []  # with span "interval": the weights after every pair's last choice
@@ -105,9 +104,10 @@ class DirectionSensitivityLoss(Reports, Saved):
         total_steps: int,
         weight: float | None = None,
         skip: Callable[[], Collection[str]] | None = None,
+        decoupled: bool = False,
     ) -> Attachment:
         """Follow the steps of an optimizer from now on; arguments and errors are those of `Attachment`."""
-        self.attachment = Attachment(self, optimizer, total_steps, weight, skip)
+        self.attachment = Attachment(self, optimizer, total_steps, weight, skip, decoupled)
         return self.attachment
 
     @contextmanager

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -152,6 +153,11 @@ def in_layout_of(weight: Tensor, matrix: Tensor) -> Tensor:
     """A matrix in the shape and memory layout (channels_last, say) of a weight: inner products then need no copy."""
     part = sharded_like(weight, matrix.reshape(weight.shape))
     return torch.empty_like(weight.detach(), dtype=matrix.dtype).copy_(part)
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Whether a value is a whole number, numpy's included, of at least so much; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .matrices import right_singular, shape_of, tall, unit_scale, working
+from .matrices import is_whole, right_singular, shape_of, tall, unit_scale, working
 from .precision import in_full_precision
 
 Score = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -144,6 +144,6 @@ def check_score(score: Score) -> None:
 
 
 def check_rank(rank: int) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+    if not is_whole(rank, 0):
         raise ValueError(f"rank must be 0 (all directions) or a positive whole number, got {rank!r}")
     return rank

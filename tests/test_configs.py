@@ -67,6 +67,7 @@ def test_one_training_step(path, teachers, tmp_path, monkeypatch):
     cfg = load_config(str(path))
     classes = 10 if cfg.DATASET.NAME == "digits" else 100
     overrides = ["OUTPUT_DIR", str(tmp_path), "SOLVER.EPOCHS", "1", "LOG.TRACKERS", "[]", "LOG.PROGRESS", "false"]
+    overrides += ["DISTILLER.STUDENT_CKPT", ""]  # which would be downloaded
     if METHODS[cfg.DISTILLER.TYPE].needs_teacher or cfg.DSKD.ENABLED:
         overrides += ["DISTILLER.TEACHER_CKPT", str(teachers(cfg.DISTILLER.TEACHER, classes))]
     monkeypatch.setattr(cv.trainer, "load_dataset", lambda *_, **__: two_images(classes))
@@ -84,7 +85,7 @@ def test_one_training_step(path, teachers, tmp_path, monkeypatch):
         name for name in at_start if name.endswith("weight") and not torch.equal(run.weights[name], at_start[name])
     ]
     own = load_model(tmp_path / "student")[0]
-    assert any(name in moved for name in ("conv1.weight", "net.conv1.weight"))  # net: of torchvision
+    assert any(name.removeprefix("net.").startswith("conv1.") for name in moved)  # net: of a library
     assert any(own.get_submodule(name.removesuffix(".weight")) is own.classifier for name in moved)
     assert load_model(tmp_path / "student")[1]["architecture"] == cfg.DISTILLER.STUDENT
 

@@ -31,6 +31,7 @@ LISTS = ["[]", "[2, 1]", "[0]", "[1.5]", "[tensorboard]", "[wandb]", "[wandb, ab
 CHOICES = {  # of flags without `choices`, and of keys
     "task_name": "RTE sts-b custom",
     "if_svd": "True no YES",
+    "DATASET.CROP": "pad resized",
     "DISTILLER.TYPE": "vanilla kd dkd expkd fitnet at sp crd reviewkd practise KD",
     "DISTILLER.START": "random teacher",
     "SOLVER.PRECISION": "fp32 bf16 fp16",

@@ -11,7 +11,7 @@ from common.settings import settings_table
 from scripts.lib.benchmark.page import PAGE, filled
 from scripts.lib.benchmark.tables import TABLES
 from scripts.lib.tables.collect import read_rows
-from scripts.lib.tables.forest import compare, draw, front_lines, lines_of, pages, read_front
+from scripts.lib.tables.forest import Row, compare, draw, front_lines, lines_of, pages, read_front
 from scripts.lib.tables.render import interval_text, render
 from scripts.lib.tables.summary import summarize
 from scripts.lib.tables.table import FOLDER, find_table, load_table
@@ -111,3 +111,17 @@ def test_the_page_on_reliability_shows_what_the_study_of_faults_found():
     assert page.partition("<!-- faults -->\n\n")[2].partition("\n<!-- /faults -->")[0] == table
     cases = json.loads((ROOT / "results/faults/faults.json").read_text(encoding="utf-8"))["cases"]
     assert f"| {sum(row['tried'] for row in cases)} | {sum(row['held'] for row in cases)} |" in table.splitlines()[-1]
+
+
+def test_tasks_that_are_repetitions_are_averaged_first(monkeypatch):
+    """Two teachers, of which one has a seed that the control has not."""
+    table = load_table(find_table("cifar100_few_rivals_tune"))
+    columns = {"task": ["a", "a", "a", "b", "a", "a", "b"], "cell": ["kd"] * 4 + ["own_0.05"] * 3}
+    columns |= {"seed": [1, 2, 3, 1, 1, 2, 1], "last": [10.0, 12.0, 99.0, 20.0, 11.0, 14.0, 20.5], "steps": [120] * 7}
+    monkeypatch.setattr("scripts.lib.tables.forest._table", lambda _: (table, pd.DataFrame(columns)))
+    line = compare(Row(label="x", table="t", task="*", cell="own_0.05", versus="kd"))
+    assert (line.pairs, line.difference) == (2, pytest.approx((1.5 + 0.5) / 2))
+    assert (line.low, line.high) == (
+        pytest.approx(1 - 12.706 * 0.5, abs=1e-3),
+        pytest.approx(1 + 12.706 * 0.5, abs=1e-3),
+    )

@@ -1,11 +1,11 @@
-"""One run at a time in an output folder."""
+"""One run at a time in an output folder, one process at a time in others."""
 
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from common.run.errors import UserError
@@ -44,6 +44,25 @@ def locked(name: str, folder: Path) -> Iterator[None]:
         if made:
             with suppress(OSError):  # the run has written to it
                 folder.rmdir()
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[bool]:
+    """Wait until no other process is in a folder, made if need be: several runs may start at once.
+
+    Gives whether the system has locks, without which nothing is waited for.
+    """
+    with ExitStack() as stack:
+        alone = False
+        with suppress(ImportError, OSError):
+            import fcntl  # not on Windows
+
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)  # which unlocks it
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            alone = True
+        yield alone
 
 
 def check_unlocked(name: str, folder: Path) -> None:

@@ -1,10 +1,9 @@
-"""Several processes that torchrun started: what one of them says need not be said by all, and what a restart means."""
+"""Several processes that torchrun started: what one of them says need not be said by all."""
 
 import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 from common.run.errors import UserError
 from common.run.stopping import Stopped
@@ -26,19 +25,6 @@ def said_once(main: Callable[[], None]) -> Callable[[], None]:
             raise
 
     return run
-
-
-def resumes_after_restart(folder: Path) -> bool:
-    """Whether `torchrun --max-restarts` has started this process again, and there is a run in the folder to go on with.
-
-    A run that is to replace an earlier one is not asked about: a restart replaces it once more, as the earlier run may
-    still be there.
-    """
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not (folder / "config.json").exists():
-        return False
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: started again by torchrun, the run in {folder} is resumed", flush=True)
-    return True
 
 
 def _first_to_say(message: str) -> bool:

@@ -1,12 +1,11 @@
 """CIFAR-10 and CIFAR-100 from the official pickles (downloaded where absent) or from hub-style parquet files."""
 
 import json
-import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.run.errors import UserError
+from common.run.lock import alone_in
 from common.torchvision_repair import repair_torchvision
 from cv.data.decode import decode_images
 from cv.data.image_set import ImageSet
@@ -70,7 +70,7 @@ def read_cifar(
         if shards is not None:
             return _read_both_splits(variant, *shards, choose)
     try:
-        with _alone_in(root):
+        with alone_in(root):
             train = torchvision_class(root, train=True, download=not pickles.is_dir())
         test = torchvision_class(root, train=False)
     except (OSError, RuntimeError, EOFError, tarfile.TarError, zlib.error) as error:
@@ -92,20 +92,6 @@ def read_cifar(
     images = _from_torchvision(train, variant)
     images = images.take(choose(images.labels)) if choose else images
     return images, _from_torchvision(test, variant), list(train.classes)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process unpacks into a folder, where the system can tell: several runs may start at once."""
-    with ExitStack() as stack:
-        with suppress(ImportError, OSError):
-            import fcntl
-
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)  # which unlocks it
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
 
 
 def _from_torchvision(dataset: "torchvision.datasets.CIFAR10", variant: CifarVariant) -> ImageSet:

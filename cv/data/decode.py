@@ -20,8 +20,9 @@ grey off at 255.
 """
 
 import io
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,7 +34,8 @@ from torch import Tensor
 from common.run.errors import UserError
 from cv.data.memory import check_memory
 
-CHUNK = 64
+CHUNK, CHUNK_BYTES = 64, 2**24  # images that a thread decodes at once, and most that these take
+AHEAD = 32  # chunks that are decoded before they are taken
 # Pillow decodes outside the interpreter lock, but opens and converts under it: measured on two cores, threads double
 # the rate of 500x375 JPEGs and cost a third of the rate of 32x32 PNGs.
 THREADED_PIXELS = 128 * 128
@@ -47,42 +49,70 @@ def decode_images(sources: Sequence[Path | bytes], describe: Callable[[int], str
     """
     if size is not None:
         check_memory(len(sources), size, size)
+    decoder = Decoder(sources, describe, size)
+    check_memory(len(sources), *decoder.shape[1:])
+    images = np.empty((len(sources), *decoder.shape), dtype=np.uint8)
+    done = 0
+    for chunk in decoder.chunks():
+        images[done : done + len(chunk)] = chunk
+        done += len(chunk)
+    return torch.from_numpy(images)
 
-    def read(index: int) -> tuple[np.ndarray, int]:
-        source = sources[index]
+
+class Decoder:
+    """Images as `decode_images` reads them, a chunk at a time; `shape` (3, H, W) is that of the first.
+
+    Sources, describe and size as there.
+    """
+
+    def __init__(self, sources: Sequence[Path | bytes], describe: Callable[[int], str], size: int | None = None):
+        self.sources, self.describe, self.size = sources, describe, size
+        if size is not None:
+            check_memory(1, size, size)
+        first, self._pixels = self._read(0)
+        self.shape = first.shape
+        self._chunk_size = max(1, min(CHUNK, CHUNK_BYTES // first.size))
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All images in order, (N, 3, H, W) for small N; few chunks at once are in memory."""
+        starts = range(0, len(self.sources), self._chunk_size)
+        if self._pixels < THREADED_PIXELS:
+            yield from map(self._chunk, starts)
+            return
+        with ThreadPoolExecutor() as pool:
+            waiting: deque[Future[np.ndarray]] = deque()
+            for start in starts:
+                waiting.append(pool.submit(self._chunk, start))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _chunk(self, start: int) -> np.ndarray:
+        end = min(start + self._chunk_size, len(self.sources))
+        return np.stack([self._image(index) for index in range(start, end)])
+
+    def _image(self, index: int) -> np.ndarray:
+        image, _ = self._read(index)
+        if image.shape != self.shape:
+            raise UserError(
+                f"{self.describe(index)}: {image.shape[2]}x{image.shape[1]} pixels, but {self.describe(0)} has "
+                f"{self.shape[2]}x{self.shape[1]}; set DATASET.IMAGE_SIZE to bring all to one"
+            )
+        return image
+
+    def _read(self, index: int) -> tuple[np.ndarray, int]:
+        """Image `index`, and how many pixels it had."""
+        source = self.sources[index]
         try:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 pixels = image.width * image.height
                 image = to_rgb(image)
         except Exception as error:  # of broken bytes Pillow raises whatever they lead to
-            raise UserError(f"{describe(index)}: not a readable image ({error})") from error
-        if size is not None:
-            image = ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR)
+            raise UserError(f"{self.describe(index)}: not a readable image ({error})") from error
+        if self.size is not None:
+            image = ImageOps.fit(image, (self.size, self.size), method=Image.Resampling.BILINEAR)
         return np.asarray(image).transpose(2, 0, 1), pixels
-
-    first, pixels = read(0)
-    check_memory(len(sources), *first.shape[1:])
-    images = np.empty((len(sources), *first.shape), dtype=np.uint8)
-
-    def decode_chunk(start: int) -> None:
-        for index in range(start, min(start + CHUNK, len(sources))):
-            image, _ = read(index)
-            if image.shape != first.shape:
-                raise UserError(
-                    f"{describe(index)}: {image.shape[2]}x{image.shape[1]} pixels, but {describe(0)} has "
-                    f"{first.shape[2]}x{first.shape[1]}; set DATASET.IMAGE_SIZE to bring all to one"
-                )
-            images[index] = image
-
-    starts = range(0, len(sources), CHUNK)
-    if pixels < THREADED_PIXELS:
-        for start in starts:
-            decode_chunk(start)
-    else:
-        with ThreadPoolExecutor() as pool:
-            for _ in pool.map(decode_chunk, starts):
-                pass
-    return torch.from_numpy(images)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

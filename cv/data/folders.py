@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 
 from common.run.errors import UserError
-from cv.data.decode import decode_images
+from cv.data.cache import cached
+from cv.data.decode import Decoder, decode_images
 from cv.data.image_set import ImageSet
+from cv.data.memory import fits
 
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 ENDINGS_OF_SOME = (".avif", ".heic", ".heif")  # Pillow reads them where it was built or extended so
@@ -23,10 +25,13 @@ SHOWN = 5  # names in a note
 Listing = list[tuple[Path, str]]
 
 
-def read_folder(root: Path, image_size: int | None) -> tuple[ImageSet, ImageSet, list[str], list[str]]:
+def read_folder(
+    root: Path, image_size: int | None, cache: Path | None = None
+) -> tuple[ImageSet, ImageSet, list[str], list[str]]:
     """root/train/<class>/ and root/val/<class>/ (or, without val, root/test/<class>/); classes in sorted order.
 
-    image_size: see `decode_images`. A missing split, a class of train without images, a test class that train lacks
+    image_size: see `decode_images`. cache: folder for decoded images that are larger than memory (cv/data/cache.py);
+    None: they are refused. A missing split, a class of train without images, a test class that train lacks
     and an unreadable file are `UserError`s. The last of the result are notes: what was left out or followed, and the
     classes without test images.
     """
@@ -39,15 +44,18 @@ def read_folder(root: Path, image_size: int | None) -> tuple[ImageSet, ImageSet,
     seen = {name for _, name in test_files}
     if missing := [name for name in classes if name not in seen]:
         of_test.append(f"{held_out}: no image of {len(missing)} of {len(classes)} classes: {_some(missing)}")
-    train = _decode(train_files, classes, image_size)
-    return train, _decode(test_files, classes, image_size), classes, notes + of_test
+    notes += of_test
+    train = _decode(train_files, classes, image_size, cache, notes)
+    return train, _decode(test_files, classes, image_size, cache, notes), classes, notes
 
 
-def read_tiny_imagenet(root: Path, image_size: int | None) -> tuple[ImageSet, ImageSet, list[str], list[str]]:
+def read_tiny_imagenet(
+    root: Path, image_size: int | None, cache: Path | None = None
+) -> tuple[ImageSet, ImageSet, list[str], list[str]]:
     """tiny-imagenet-200: train/<wnid>/images/*.JPEG, val/images/ with val/val_annotations.txt; classes are the wnids.
 
     root: that folder or the one that holds it. The validation images are the test set, as the official test set has no
-    labels. Errors and notes as in `read_folder`; a bad line of the annotations is named by file and number.
+    labels. cache, errors and notes as in `read_folder`; a bad line of the annotations is named by file and number.
     """
     if (root / "tiny-imagenet-200").is_dir():
         root = root / "tiny-imagenet-200"
@@ -69,7 +77,8 @@ def read_tiny_imagenet(root: Path, image_size: int | None) -> tuple[ImageSet, Im
         test_files.append((root / "val" / "images" / fields[0], fields[1]))
     if not test_files:
         raise UserError(f"{annotations}: no lines")
-    return _decode(train_files, classes, image_size), _decode(test_files, classes, image_size), classes, notes
+    train = _decode(train_files, classes, image_size, cache, notes)
+    return train, _decode(test_files, classes, image_size, cache, notes), classes, notes
 
 
 @dataclass
@@ -160,7 +169,19 @@ def _some(names: list) -> str:
     return ", ".join(map(str, names[:SHOWN])) + (" ..." if len(names) > SHOWN else "")
 
 
-def _decode(files: Listing, classes: list[str], image_size: int | None) -> ImageSet:
+def _decode(
+    files: Listing, classes: list[str], image_size: int | None, cache: Path | None, notes: list[str]
+) -> ImageSet:
     label_of = {name: label for label, name in enumerate(classes)}
-    images = decode_images([file for file, _ in files], lambda index: str(files[index][0]), image_size)
-    return ImageSet(images, torch.tensor([label_of[name] for _, name in files]), len(classes))
+    labels, paths = torch.tensor([label_of[name] for _, name in files]), [file for file, _ in files]
+
+    def describe(index: int) -> str:
+        return str(paths[index])
+
+    if cache is not None:
+        decoder = Decoder(paths, describe, image_size)
+        if not fits(len(files), *decoder.shape[1:]):
+            images, note = cached(cache, paths, decoder)
+            notes.append(note)
+            return ImageSet(images, labels, len(classes), torch.arange(len(files)))
+    return ImageSet(decode_images(paths, describe, image_size), labels, len(classes))

@@ -1,48 +1,72 @@
 """What a loaded data set is, and what is computed from one: channel statistics and the choice of images to use."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from common.run.errors import UserError
-from cv.data.augment import Augment
+from cv.data.augment import Augment, ResizedCrop
+
+_PART = 4096  # images that are looked at together
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Labelled images of one size: `images` uint8 (N, C, H, W) contiguous, `labels` int64 (N,) in 0..num_classes-1."""
+    """Labelled images of one size: `images` uint8 (N, C, H, W) contiguous, `labels` int64 (N,) in 0..num_classes-1.
+
+    rows: where the images lie in a file that is larger than memory (cv/data/cache.py), which of them these are, int64
+    (N,); `images` is the whole file then, and stays where it is. None: all of `images`, which are in memory.
+    """
 
     images: Tensor
     labels: Tensor
     num_classes: int
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4 or not self.images.is_contiguous():
             raise ValueError(
                 f"images must be contiguous uint8 (N, C, H, W), not {self.images.dtype} {self.images.shape}"
             )
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise ValueError(f"labels must be int64 ({len(self.images)},), not {self.labels.dtype} {self.labels.shape}")
+        count = len(self.images if self.rows is None else self.rows)
+        if self.labels.dtype != torch.int64 or self.labels.shape != (count,):
+            raise ValueError(f"labels must be int64 ({count},), not {self.labels.dtype} {self.labels.shape}")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "ImageSet":
-        """The same set on `device`; no copy where it is there already."""
-        return ImageSet(self.images.to(device), self.labels.to(device), self.num_classes)
+        """The same set on `device`; no copy where it is there already, and none of images in a file."""
+        if self.rows is not None:
+            return replace(self, labels=self.labels.to(device))
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """The images (n, C, H, W) at `indices` (n,), on the device of these."""
+        if self.rows is None:
+            return self.images.index_select(0, indices)
+        return self.images.index_select(0, self.rows[indices.cpu()]).to(indices.device)
 
     def take(self, indices: Tensor) -> "ImageSet":
         """The images at `indices` (int64), in that order."""
-        return ImageSet(self.images[indices], self.labels[indices], self.num_classes)
+        if self.rows is not None:
+            return replace(self, labels=self.labels[indices], rows=self.rows[indices])
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def parts(self) -> Iterator[Tensor]:
+        """All images in order, (n, C, H, W) at a time."""
+        for indices in torch.arange(len(self)).split(_PART):
+            yield self.gather(indices.to(self.images.device))
 
 
 @dataclass(frozen=True, eq=False)
 class DataSets:
     """A data set ready for training; `mean` and `std` are per channel, of pixel values scaled to 0..1.
 
-    `classes` are the names of the labels where the source has them. `augment` is the customary augmentation of this
-    data set: zero padding of an eighth of the side (4 pixels for CIFAR) and a flip, without the flip for digits.
+    `classes` are the names of the labels where the source has them. `augment` is the augmentation of this data set: a
+    crop, by zero padding of an eighth of the side (4 pixels for CIFAR) or resized, and a flip, except for digits.
     `notes` are lines for the user: what of the source was not read.
     """
 
@@ -51,7 +75,7 @@ class DataSets:
     classes: list[str] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augment: Augment
+    augment: Augment | ResizedCrop
     notes: tuple[str, ...] = ()
 
 
@@ -61,10 +85,14 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     Exact up to float64 rounding: both come from the channel's histogram. A channel that is constant over the whole set
     cannot be normalised and is a `UserError`.
     """
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for part in images.split(_PART):
+        for channel, count in enumerate(counts):
+            count += torch.bincount(part[:, channel].reshape(-1), minlength=256)
     values = torch.arange(256, dtype=torch.float64) / 255
     means, deviations = [], []
-    for channel in range(images.shape[1]):
-        histogram = torch.bincount(images[:, channel].reshape(-1), minlength=256).double()
+    for channel, count in enumerate(counts):
+        histogram = count.double()
         histogram /= histogram.sum()
         mean = (histogram * values).sum()
         deviation = (histogram * (values - mean) ** 2).sum().sqrt().item()

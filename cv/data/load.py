@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from common.run.errors import UserError
-from cv.data.augment import Augment
+from cv.data.augment import Augment, ResizedCrop
 from cv.data.cifar import CIFAR10, CIFAR100, read_cifar
 from cv.data.digits import read_digits
 from cv.data.folders import read_folder, read_tiny_imagenet
@@ -17,10 +17,10 @@ from cv.data.memory import check_memory
 
 Splits = tuple[ImageSet, ImageSet, list[str] | None, list[str]]  # training, test, class names, notes
 CIFARS = {"cifar100": CIFAR100, "cifar10": CIFAR10}
-READERS: dict[str, Callable[[Path, int | None], Splits]] = {
+READERS: dict[str, Callable[[Path, int | None, Path | None], Splits]] = {
     "tiny-imagenet": read_tiny_imagenet,
     "folder": read_folder,
-    "digits": lambda root, image_size: (*read_digits(), []),
+    "digits": lambda root, image_size, cache: (*read_digits(), []),
 }
 PADDING_SHARE = 8  # zero padding is the side over this: 4 for CIFAR's 32 pixels
 
@@ -33,15 +33,18 @@ def load_dataset(
     subset: int | None = None,
     subset_seed: int = 0,
     held_out: int = 0,
+    crop: str = "pad",
+    cache: Path | None = None,
 ) -> DataSets:
-    """Read a data set into memory (N * C * H * W bytes on the CPU); nothing is cached.
+    """Read a data set into memory (N * C * H * W bytes on the CPU).
 
     name: cifar100, cifar10 (layouts: `read_cifar`), tiny-imagenet, folder (layouts: cv/data/folders.py) or digits (root
     is not looked at). image_size: side in pixels that all images are brought to; None keeps their own, which must be
     one. subset: train on that many images only, a balanced choice by `subset_seed` (`balanced_subset`). held_out: take
-    that many training images out of training, and test on them instead of the test images (`choose_images`). Mean and
-    standard deviation are the customary constants for CIFAR, else those of all training images. Any bad input is a
-    `UserError`.
+    that many training images out of training, and test on them instead of the test images (`choose_images`). crop: of
+    the augmentation, "pad" (`Augment`) or "resized" (`ResizedCrop`). cache: folder for decoded image files that are
+    larger than memory (cv/data/cache.py), which are refused without one. Mean and standard deviation are the customary
+    constants for CIFAR, else those of all training images. Any bad input is a `UserError`.
     """
     if name not in (*CIFARS, *READERS):
         raise UserError(f"DATASET.NAME {name!r}: unknown; choose from {', '.join((*CIFARS, *READERS))}")
@@ -54,7 +57,7 @@ def load_dataset(
     if name in CIFARS:  # their statistics are known, so that what is left out need not be decoded
         train, test, classes = read_cifar(CIFARS[name], Path(root), choose)
     else:
-        train, test, classes, notes = READERS[name](Path(root), image_size)
+        train, test, classes, notes = READERS[name](Path(root), image_size, cache)
     if image_size is not None:
         train, test = _resize(train, image_size), _resize(test, image_size)
     height, width = train.images.shape[2:]
@@ -71,7 +74,10 @@ def load_dataset(
     if held_out:
         every = torch.arange(len(train))
         train, test = train.take(every[:-held_out]), train.take(every[-held_out:])
-    augment = Augment(padding=min(height, width) // PADDING_SHARE, flip=name != "digits")
+    flip = name != "digits"
+    augment: Augment | ResizedCrop = Augment(min(height, width) // PADDING_SHARE, flip)
+    if crop == "resized":
+        augment = ResizedCrop(height, width, flip)
     return DataSets(train, test, classes, mean, std, augment, tuple(notes))
 
 

@@ -1,4 +1,7 @@
-"""Batches of one epoch from a data set that lies on the training device: no workers, nothing on the host per step."""
+"""Batches of one epoch from a data set that lies on the training device: no workers, nothing on the host per step.
+
+Of a set that is larger than memory the batches are gathered from its file, on the host.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.run.errors import UserError
-from cv.data.augment import Augment, normalize
+from cv.data.augment import Augment, ResizedCrop, normalize
 from cv.data.image_set import ImageSet
 
 
@@ -32,7 +35,7 @@ class EpochLoader:
         image_set: ImageSet,
         batch_size: int,
         *,
-        augment: Augment | None,
+        augment: Augment | ResizedCrop | None,
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device | str,
@@ -82,7 +85,7 @@ class EpochLoader:
         for step in range(done, len(self)):
             batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
             indices = order[batch]
-            images = self.image_set.images.index_select(0, indices)
+            images = self.image_set.gather(indices)
             if draws is not None:
                 images = self.augment(images, draws[batch])
             images = normalize(images, self.mean, self.std, self.channels_last)

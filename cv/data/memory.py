@@ -7,18 +7,27 @@ from contextlib import contextmanager
 from common.run.errors import UserError
 
 
+def memory_size() -> float:
+    """Bytes of the machine's memory; infinity where the system does not tell."""
+    if not hasattr(os, "sysconf"):
+        return float("inf")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def fits(count: int, height: int, width: int) -> bool:
+    """Whether RGB images are together no larger than the machine's memory."""
+    return 3 * count * height * width <= memory_size()
+
+
 def check_memory(count: int, height: int, width: int) -> None:
     """Refuse images that are larger together than the machine's memory, where the system tells that.
 
     Linux grants any room that is asked for and ends the program when it is used.
     """
-    if not hasattr(os, "sysconf"):
-        return
-    needed, there = 3 * count * height * width, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
+    if not fits(count, height, width):
         raise UserError(
-            f"{count} images of {width}x{height} pixels need {needed / 2**30:.4g} GiB of memory, and this machine has "
-            f"{there / 2**30:.4g}; set a smaller DATASET.IMAGE_SIZE"
+            f"{count} images of {width}x{height} pixels need {3 * count * height * width / 2**30:.4g} GiB of memory, "
+            f"and this machine has {memory_size() / 2**30:.4g}; set a smaller DATASET.IMAGE_SIZE"
         )
 
 

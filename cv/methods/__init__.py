@@ -1,5 +1,7 @@
 """The distillation methods, one file each; a new one is a file with a `Distiller` and an entry in `METHODS`."""
 
+from collections.abc import Sequence
+
 from torch import nn
 from yacs.config import CfgNode
 
@@ -41,6 +43,8 @@ def build_distiller(
     num_classes: int,
     image_shape: tuple[int, int, int],
     num_train: int,
+    more_teachers: Sequence[nn.Module] = (),
+    teacher_images: Sequence[nn.Module] = (),
 ) -> Distiller:
     """The method called `name` (a key of `METHODS`) with the settings `cfg_block`; other arguments as in `Distiller`.
 
@@ -49,7 +53,14 @@ def build_distiller(
     if name not in METHODS:
         raise UserError(f"unknown distillation method {name!r}: choose one of {', '.join(METHODS)}")
     return METHODS[name](
-        student, teacher, cfg_block, num_classes=num_classes, image_shape=image_shape, num_train=num_train
+        student,
+        teacher,
+        cfg_block,
+        num_classes=num_classes,
+        image_shape=image_shape,
+        num_train=num_train,
+        more_teachers=more_teachers,
+        teacher_images=teacher_images,
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from yacs.config import CfgNode
 
 from common.run.errors import UserError
@@ -33,11 +36,15 @@ class Distiller(nn.Module, ABC):
         mode. `vanilla` needs none, and does not run the one it may be given.
     settings: the method's block of the configuration, with the keys of `defaults()`.
     num_classes, image_shape (C, H, W), num_train: the data set's classes, image shape and number of training images.
+    more_teachers: further teachers, of methods with `takes_teachers`: of all of them the softened probabilities are
+        averaged, at the method's setting T; features are the first one's.
+    teacher_images: for each teacher what makes its images of the student's, where they are normalised otherwise.
     Raises UserError where teacher, student, data set and settings do not fit together.
     """
 
     needs_teacher = True
     compares_classes = True  # the loss compares the two networks class by class
+    takes_teachers = False  # several: the loss looks at softened probabilities alone
     compares_maps = False  # the loss compares feature maps
     notes: tuple[str, ...] = ()  # lines for the user, of what this method does on this data set
 
@@ -50,10 +57,14 @@ class Distiller(nn.Module, ABC):
         num_classes: int,
         image_shape: tuple[int, int, int],
         num_train: int,
+        more_teachers: Sequence[nn.Module] = (),
+        teacher_images: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         self.student = student
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        self.more_teachers = nn.ModuleList(each.requires_grad_(False).eval() for each in more_teachers)
+        self.teacher_images = nn.ModuleList(teacher_images or [nn.Identity() for _ in (teacher, *more_teachers)])
         self.settings = settings
         self.num_classes, self.image_shape, self.num_train = num_classes, tuple(image_shape), num_train
         self.register_buffer("epoch", torch.tensor(1.0), persistent=False)  # counts from 1; the trainer sets it
@@ -61,7 +72,8 @@ class Distiller(nn.Module, ABC):
             raise UserError(f"method {self.name}: no teacher was given, and only vanilla trains without one")
         self._check_classes("student", student)
         if self.needs_teacher and self.compares_classes:
-            self._check_classes("teacher", teacher)
+            for each in (teacher, *self.more_teachers):
+                self._check_classes("teacher", each)
         if self.compares_maps:
             for role, network in (("student", student), ("teacher", teacher)):
                 self._check_maps(role, network)
@@ -84,15 +96,25 @@ class Distiller(nn.Module, ABC):
         teacher = None
         if self.needs_teacher:
             with torch.no_grad():
-                teacher = self.teacher.features(images)
+                teacher = self._taught(images)
         with torch.autocast(images.device.type, enabled=False):
             losses = self.losses(student, teacher, labels, indices)
         return student.logits, losses
 
+    def _taught(self, images: Tensor) -> Features:
+        """The teacher's features, with the logits of all teachers together."""
+        first, *more = self.teacher_images
+        features = self.teacher.features(first(images))
+        if not more:
+            return features
+        logits = [teacher(change(images)) for teacher, change in zip(self.more_teachers, more, strict=True)]
+        with torch.autocast(images.device.type, enabled=False):
+            return features._replace(logits=mean_logits([features.logits, *logits], self.settings.T))
+
     def train(self, mode: bool = True) -> Distiller:
         super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
+        for each in filter(None, (self.teacher, *self.more_teachers)):
+            each.eval()
         return self
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -147,6 +169,15 @@ class Distiller(nn.Module, ABC):
         width = model.classifier.out_features
         if width != self.num_classes:
             raise UserError(f"method {self.name}: the {role} has {width} classes, the data set {self.num_classes}")
+
+
+def mean_logits(logits: Sequence[Tensor], temperature: float) -> Tensor:
+    """Logits z of which softmax(z / T) is the mean of softmax(z_i / T), the teachers' softened probabilities.
+
+    logits: (N, classes) of each teacher -> (N, classes) in float32.
+    """
+    softened = torch.stack([F.log_softmax(each.float() / temperature, dim=1) for each in logits])
+    return temperature * (softened.logsumexp(0) - math.log(len(logits)))
 
 
 @torch.no_grad()

@@ -35,6 +35,8 @@ def dkd_losses(student: Tensor, teacher: Tensor, labels: Tensor, temperature: fl
 class DKD(Distiller):
     """CE_WEIGHT * cross-entropy + warm-up * (ALPHA * TCKD + BETA * NCKD) (Zhao et al., 2022, Eq. 7)."""
 
+    takes_teachers = True
+
     def __init__(self, student, teacher, settings, **dataset) -> None:
         super().__init__(student, teacher, settings, **dataset)
         self.require_positive("T")

@@ -21,6 +21,8 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 class KD(Distiller):
     """CE_WEIGHT * cross-entropy + KD_WEIGHT * `kd_loss`."""
 
+    takes_teachers = True
+
     def __init__(self, student, teacher, settings, **dataset) -> None:
         super().__init__(student, teacher, settings, **dataset)
         self.require_positive("T")

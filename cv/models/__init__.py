@@ -8,6 +8,7 @@ from common.run.suggest import nearest
 from cv.models.features import Features, Network
 from cv.models.library import LibraryNetwork, build_library_network, is_library
 from cv.models.mobilenetv2 import MobileNetV2
+from cv.models.pretrained import PUBLISHED
 from cv.models.resnet import RESNETS, ResNet
 from cv.models.shufflenet import shufflenetv1, shufflenetv2
 from cv.models.vgg import VGG, VGGS
@@ -43,4 +44,4 @@ def build_model(name: str, num_classes: int, in_channels: int = 3) -> Network:
     return MODELS[name](num_classes=num_classes, in_channels=in_channels)
 
 
-__all__ = ["MODELS", "Features", "LibraryNetwork", "Network", "build_model", "is_library"]
+__all__ = ["MODELS", "PUBLISHED", "Features", "LibraryNetwork", "Network", "build_model", "is_library"]

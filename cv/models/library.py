@@ -111,6 +111,8 @@ def build_library_network(name: str, num_classes: int, in_channels: int = 3) -> 
         except ImportError as error:
             raise UserError(f"{name} needs timm: pip install timm ({error})") from error
         names, make = timm.list_models(), timm.create_model
+        if "." in model:  # with the tag of published weights
+            names = timm.list_models(f"{model.partition('.')[0]}.*", pretrained=True) or names
         settings = {"pretrained": False, "num_classes": num_classes, "in_chans": in_channels}
     if model not in names:
         near = nearest(model, names)

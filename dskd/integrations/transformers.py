@@ -33,6 +33,7 @@ class DskdTrainerMixin:
     Args:
         dskd: the loss, or a function that makes it of the student when the training begins (on its device then).
         dskd_weight: of the loss, lambda.
+        dskd_decoupled: nothing is added to `.grad`; the weights are pulled beside each step, see `Attachment`.
 
     Raises:
         TypeError: neither a loss nor a function.
@@ -45,13 +46,14 @@ class DskdTrainerMixin:
         *args: Any,
         dskd: DirectionSensitivityLoss | Callable[[nn.Module], DirectionSensitivityLoss],
         dskd_weight: float = 0.1,
+        dskd_decoupled: bool = False,
         **kwargs: Any,
     ) -> None:
         if not 0.0 <= dskd_weight < float("inf"):
             raise ValueError(f"dskd_weight must be 0 or a positive number, got {dskd_weight}")
         if not callable(dskd):
             raise TypeError(f"dskd must be a DSKD loss or a function that makes it, got a {type(dskd).__name__}")
-        self.dskd_weight = dskd_weight
+        self.dskd_weight, self.dskd_decoupled = dskd_weight, dskd_decoupled
         self.dskd = dskd if isinstance(dskd, DirectionSensitivityLoss) else None
         self._make_dskd = None if self.dskd is dskd else dskd
         self._attachment: Attachment | None = None
@@ -82,7 +84,8 @@ class DskdTrainerMixin:
         elif self.dskd.steps:
             raise ValueError(f"the DSKD loss has seen {self.dskd.steps} steps of another training; make a new one")
         self._dskd_sum, self._dskd_steps = 0.0, 0
-        self._attachment = self.dskd.attach(optimizer, self.state.max_steps)
+        weight = self.dskd_weight if self.dskd_decoupled else None
+        self._attachment = self.dskd.attach(optimizer, self.state.max_steps, weight, decoupled=self.dskd_decoupled)
 
     def _detach(self: Any) -> None:
         if self._attachment is not None:
@@ -93,9 +96,10 @@ class DskdTrainerMixin:
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if not self.accelerator.sync_gradients:  # more batches follow before the optimizer's step
             return loss
-        scaler = getattr(self.accelerator, "scaler", None)
-        scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
-        add_gradient(zip(self.dskd.students, self.dskd.gradients(), strict=True), self.dskd_weight, scale)
+        if not self.dskd_decoupled:
+            scaler = getattr(self.accelerator, "scaler", None)
+            scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
+            add_gradient(zip(self.dskd.students, self.dskd.gradients(), strict=True), self.dskd_weight, scale)
         with torch.no_grad():
             value = self.dskd()
         self._dskd_sum, self._dskd_steps = self._dskd_sum + value, self._dskd_steps + 1

@@ -7,7 +7,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bert_of_theseus.arguments import parse_arguments
 from common.run.errors import run_cli
-from common.run.processes import resumes_after_restart, said_once
+from common.run.processes import said_once
+from common.run.restarts import resumes_after_restart
 
 
 def main() -> None:

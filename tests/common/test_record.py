@@ -70,6 +70,13 @@ def test_the_result_says_where_with_what_and_by_which_command_it_was_measured(tm
     assert written["command"] == "python train.py --name 'two words'"
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_result_with_a_number_that_is_not_finite_is_not_written(tmp_path, wrong):
+    with pytest.raises(FloatingPointError, match="dev_pearson of the result is not a finite number"):
+        RunRecord(tmp_path, {}).finish(task="RTE", last_evaluation={"dev_loss": 0.5, "dev_pearson": wrong})
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_versions_name_python_and_the_libraries_that_shape_a_result():
     assert {"python", "torch", "transformers", "numpy"} <= versions().keys()
 

@@ -166,6 +166,7 @@ OUT_OF_RANGE = {
     "DISTILLER.START": "copy",
     "DISTILLER.FREEZE": "[1]",
     "DATASET.IMAGE_SIZE": "1",
+    "DATASET.CROP": "center",
     "DATASET.SUBSET": "-1",
     "DATASET.SUBSET_SEED": "-2",
     "DATASET.HELD_OUT": "-1",

@@ -98,7 +98,7 @@ def processes(tmp_path_factory):
     done = subprocess.run([*launch, *words], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(folder / f"process{number}.pt", weights_only=True) for number in (0, 1))
-    return SimpleNamespace(first=first, second=second, folder=folder, printed=done.stdout)
+    return SimpleNamespace(first=first, second=second, folder=folder, words=words, printed=done.stdout)
 
 
 def test_both_processes_end_with_the_same_student(processes):
@@ -232,6 +232,16 @@ def test_a_signal_stops_both_processes_at_one_step_and_is_said_once(tmp_path):
     done = launch(more.split())
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line["step"] for line in read_run(tmp_path).steps] == list(range(1, 4 * (step // 4 + 1) + 1))
+
+
+def test_a_process_that_is_killed_is_started_again_and_resumed_to_the_same_bits(tmp_path, processes):
+    words = [*processes.words, "OUTPUT_DIR", str(tmp_path / "run")]
+    done = launched.launch_killed(launched.VISION, words, 7, tmp_path / "process.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count(f"started again by torchrun, the run in {tmp_path / 'run'} is resumed") == 1
+    ours, theirs = read_run(tmp_path / "run"), read_run(processes.folder / "whole")
+    assert same_tensors(ours.weights, theirs.weights)
+    assert [line["step"] for line in ours.steps] == list(range(1, 9))
 
 
 def test_two_agents_on_the_loopback_train_one_student(tmp_path, unused_port):

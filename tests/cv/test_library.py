@@ -210,7 +210,7 @@ def test_blocks_of_a_library_network_are_not_copied(tmp_path, teacher):
 # Weights to start from
 
 
-@pytest.mark.parametrize(("classes", "said"), [(10, ""), (1000, ", its classifier from random weights, as the")])
+@pytest.mark.parametrize(("classes", "said"), [(10, ""), (1000, "; its classifier starts from random weights")])
 def test_a_student_starts_from_a_file_of_the_library(tmp_path, classes, said, monkeypatch, capsys):
     published = network(SMALL, classes, seed=9).net.state_dict()
     save_file(published, tmp_path / "w.safetensors")
@@ -227,7 +227,8 @@ def test_a_student_starts_from_a_file_of_the_library(tmp_path, classes, said, mo
     short_run(tmp_path / "run", None, f"{overrides} DATASET.IMAGE_SIZE 32")
     same = {name for name, value in published.items() if torch.equal(value, started[0].get(name, torch.zeros(0)))}
     assert set(published) - same == (set() if classes == 10 else {"fc.weight", "fc.bias"})
-    assert f"note: {SMALL} starts from {tmp_path / 'w.safetensors'}{said}" in capsys.readouterr().out
+    normalised = ", and images are normalised as for those: mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5)"
+    assert f"note: {SMALL} starts from {tmp_path / 'w.safetensors'}{normalised}{said}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

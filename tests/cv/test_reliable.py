@@ -20,6 +20,8 @@ from PIL import Image
 import cv.trainer
 from common import ROOT
 from common.run.errors import UserError, run_cli
+from common.run.lock import check_unlocked
+from common.run.record import RunRecord
 from common.run.stopping import Stopped
 from cv.config import load_config
 from cv.data.cifar import CIFAR10, read_parquet
@@ -211,6 +213,25 @@ def test_a_second_run_in_a_folder_is_refused_with_the_firsts_process(tmp_path):
         first.kill()
         first.wait()
     assert short_run(tmp_path, None, PLAIN).result["steps"] == 4
+
+
+def test_the_folder_is_held_from_the_first_step_to_the_result(tmp_path, monkeypatch):
+    refused = []
+
+    def looking(method):
+        def looked(*args, **kwargs):
+            with pytest.raises(UserError, match="in use by another run"):
+                check_unlocked("OUTPUT_DIR", tmp_path)
+            refused.append(method.__name__)
+            return method(*args, **kwargs)
+
+        return looked
+
+    monkeypatch.setattr(cv.trainer._Run, "_step", looking(cv.trainer._Run._step))
+    monkeypatch.setattr(RunRecord, "finish", looking(RunRecord.finish))
+    short_run(tmp_path, None, PLAIN)
+    assert (refused[0], refused[-1]) == ("_step", "finish")
+    check_unlocked("OUTPUT_DIR", tmp_path)
 
 
 # Other data, other teachers

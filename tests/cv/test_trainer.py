@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -21,6 +22,7 @@ from torch import nn
 import cv.teachers
 import cv.trainer
 from common import ROOT
+from common.run.confusion import read_confusion
 from common.run.errors import UserError
 from common.svd_loss import DirectionSensitivityLoss
 from cv.config import load_config
@@ -175,7 +177,7 @@ def test_the_exported_student_has_the_reported_accuracy(shell_run, name, accurac
     loader = EpochLoader(
         data.test, 360, augment=None, mean=info["mean"], std=info["std"], device="cpu", seed=0, shuffle=False
     )
-    assert evaluate(model, loader)["top1"] == run.result[accuracy] == info["accuracy"]
+    assert evaluate(model, loader)[0]["top1"] == run.result[accuracy] == info["accuracy"]
     assert (info["dataset"], info["image_size"], info["class_names"]) == ("digits", 8, list("0123456789"))
 
 
@@ -439,7 +441,7 @@ def score(rows: list[list[float]], labels: list[int]) -> dict[str, float]:
     pixels = torch.arange(len(rows), dtype=torch.uint8)[:, None, None, None].repeat(1, 1, 2, 2)
     images = ImageSet(pixels, torch.tensor(labels), len(rows[0]))
     loader = EpochLoader(images, 2, augment=None, mean=(0.0,), std=(1.0,), device="cpu", seed=0, shuffle=False)
-    return evaluate(Table(rows), loader)
+    return evaluate(Table(rows), loader)[0]
 
 
 def test_evaluation_counts_hits_among_the_first_and_the_first_five():
@@ -448,13 +450,24 @@ def test_evaluation_counts_hits_among_the_first_and_the_first_five():
     assert score([falling] * 5, [0, 4, 5, 0, 6]) == {"top1": 40.0, "top5": 60.0}
 
 
+def test_the_record_has_the_confusion_matrix_of_the_last_evaluation(shell_run):
+    result, found = shell_run[1].result, read_confusion(shell_run[1].folder)
+    assert (found.classes, found.step, found.evaluated_on) == (tuple("0123456789"), result["steps"], "test images")
+    assert found.examples.sum() == 360
+    assert 100 * found.hits.sum() / 360 == pytest.approx(result["last"])
+    assert 100 * found.scores()["macro_f1"] == pytest.approx(result["last_macro_f1"])
+    assert 100 * found.scores()["balanced_accuracy"] == pytest.approx(result["last_balanced_accuracy"])
+
+
 def test_top_five_of_three_classes_counts_all():
     assert score([[3.0, 2.0, 1.0]] * 4, [0, 0, 0, 2]) == {"top1": 75.0, "top5": 100.0}
 
 
 def test_the_best_student_is_the_first_of_equals(tmp_path, teacher, monkeypatch):
     scores = iter([10.0, 30.0, 20.0, 30.0])
-    monkeypatch.setattr(cv.trainer, "evaluate", lambda *_: {"top1": next(scores), "top5": 50.0})
+    monkeypatch.setattr(
+        cv.trainer, "evaluate", lambda *_: ({"top1": next(scores), "top5": 50.0}, np.array([[0, 0, 1]]))
+    )
     run = short_run(tmp_path, teacher, "SOLVER.EPOCHS 4")
     _, info = load_model(tmp_path / "student_best")
     assert (run.result["best"], run.result["best_epoch"], run.result["last"]) == (30.0, 2, 30.0)
@@ -464,7 +477,9 @@ def test_the_best_student_is_the_first_of_equals(tmp_path, teacher, monkeypatch)
 
 def test_evaluations_come_every_few_epochs_and_after_the_last(tmp_path, teacher, monkeypatch):
     scores = iter([10.0, 30.0, 20.0])
-    monkeypatch.setattr(cv.trainer, "evaluate", lambda *_: {"top1": next(scores), "top5": 50.0})
+    monkeypatch.setattr(
+        cv.trainer, "evaluate", lambda *_: ({"top1": next(scores), "top5": 50.0}, np.array([[0, 0, 1]]))
+    )
     run = short_run(tmp_path, teacher, "SOLVER.EPOCHS 5 SOLVER.EVAL_EPOCHS 2")
     assert [line["epoch"] for line in run.epochs] == [2, 4, 5]
     assert (run.result["best_epoch"], run.result["last"], run.result["steps"]) == (4, 20.0, 20)

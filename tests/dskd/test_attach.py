@@ -733,3 +733,65 @@ def test_a_loss_that_follows_an_optimizer_refuses_observe():
     attachment.detach()
     loop.train_observed(1)
     assert loop.dskd.steps == 1
+
+
+# Decoupled
+def train_by_hand(loop: Loop, steps: int, weight: float) -> None:
+    """The weights are pulled beside each step, in which the optimizer sees the task's gradient alone."""
+    for _ in range(steps):
+        loop.optimizer.zero_grad()
+        loop.backward(share=0.0)
+        for W, D in zip(loop.students.values(), [D.clone() for D in loop.dskd.gradients()], strict=True):
+            with torch.no_grad():
+                W -= loop.optimizer.param_groups[0]["lr"] * weight * D
+        with loop.dskd.observe(loop.number / TOTAL):
+            loop.optimizer.step()
+        loop.number += 1
+
+
+@pytest.mark.parametrize("basis", READINGS)
+@every_optimizer
+def test_a_decoupled_loss_pulls_the_weights_beside_the_step(optimizer, basis):
+    attached, by_hand = (Loop(optimizer, basis=basis) for _ in range(2))
+    attached.dskd.attach(attached.optimizer, TOTAL, weight=0.3, decoupled=True)
+    attached.train(11, share=0.0)
+    train_by_hand(by_hand, 11, weight=0.3)
+    assert_alike(attached, by_hand, rtol=1e-9)
+    assert attached.dskd.choices >= 2
+
+
+def test_a_decoupled_loss_has_the_rate_of_each_group():
+    loop = Loop()
+    before = loop.weights()
+    loop.optimizer = torch.optim.SGD([{"params": [W], "lr": 0.1 * i} for i, W in enumerate(loop.students.values())])
+    loop.dskd.attach(loop.optimizer, TOTAL, weight=0.5, decoupled=True)
+    D = [D.clone() for D in loop.dskd.gradients()]
+    for W in loop.students.values():
+        W.grad = torch.zeros_like(W)
+    loop.optimizer.step()
+    for i, (name, W) in enumerate(loop.students.items()):
+        assert_close(W.detach(), before[name] - 0.1 * i * 0.5 * D[i])
+
+
+def test_a_decoupled_loss_is_the_added_one_where_the_optimizer_is_plain():
+    added, decoupled = (Loop("sgd", svd_steps=99) for _ in range(2))
+    added.dskd.attach(added.optimizer, 99, weight=0.3)
+    decoupled.dskd.attach(decoupled.optimizer, 99, weight=0.3, decoupled=True)
+    for loop in (added, decoupled):
+        loop.train(6, share=0.0)
+    assert_alike(added, decoupled, rtol=1e-9)
+
+
+def test_a_weight_that_is_frozen_later_is_not_pulled():
+    loop = Loop()
+    loop.dskd.attach(loop.optimizer, TOTAL, weight=0.3, decoupled=True)
+    before = loop.weights()["wide"]
+    loop.students["wide"].requires_grad_(False)
+    loop.train(2, share=0.0)
+    assert torch.equal(loop.students["wide"], before)
+
+
+def test_a_decoupled_loss_needs_a_weight():
+    loop = Loop()
+    with pytest.raises(ValueError, match="a decoupled loss needs a weight"):
+        loop.dskd.attach(loop.optimizer, TOTAL, decoupled=True)

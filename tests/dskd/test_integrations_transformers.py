@@ -27,6 +27,12 @@ STEPS, BATCH, LENGTH, VOCABULARY, WEIGHT, CLIP = 20, 2, 6, 20, 0.1, 0.5
 LAYERS = ("self_attn.q_proj", "mlp.down_proj")
 
 
+@pytest.fixture(autouse=True)
+def _precision_of_ones_own(monkeypatch):
+    """Before transformers 5 the arguments of a training in bf16 put later ones into bf16, too, by the environment."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 class Plain(nn.Module):
     """A model that knows nothing of `num_items_in_batch`: the Trainer divides its loss."""
 
@@ -52,7 +58,7 @@ class Tokens(Dataset):
 
     def __getitem__(self, i):
         labels = self.ids[i].clone()
-        labels[: i % 4] = -100
+        labels[: 1 + i % 4] = -100  # no prediction of the first, which old Trainers count as one
         return {"input_ids": self.ids[i], "labels": labels}
 
 
@@ -90,6 +96,7 @@ def arguments(folder, accumulation: int = 1, **settings) -> TrainingArguments:
         "logging_steps": 5,
         "save_strategy": "no",
         "report_to": "none",
+        "average_tokens_across_devices": True,  # the default is another before transformers 5
         "use_cpu": True,
         "disable_tqdm": True,
     }
@@ -355,3 +362,19 @@ def test_other_weights_than_those_of_the_optimizer_are_refused(tmp_path):
     trainer = new_trainer(tmp_path, lambda student, teacher: make_loss(llama(1, 0), teacher))
     with pytest.raises(ValueError, match=r"pair model\.layers\.0\.self_attn\.q_proj: .* no parameter group"):
         trainer.train()
+
+
+def test_a_decoupled_loss_pulls_beside_the_step(tmp_path):
+    trained, _ = trainer_run(tmp_path, "plain", 1, make=lambda **how: DskdTrainer(dskd_decoupled=True, **how))
+    student, teacher = networks("plain")
+    dskd, optimizer = make_loss(student, teacher), torch.optim.SGD(student.parameters(), lr=0.1)
+    dskd.attach(optimizer, STEPS, WEIGHT, decoupled=True)
+    data = Tokens(STEPS)
+    for step in range(STEPS):
+        rows = [data[step * BATCH + i] for i in range(BATCH)]
+        optimizer.zero_grad()
+        student(**{key: torch.stack([row[key] for row in rows]) for key in rows[0]})["loss"].backward()
+        nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        optimizer.step()
+    for ours, theirs in zip(trained.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

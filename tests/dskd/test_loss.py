@@ -229,3 +229,21 @@ def test_losses_equal_the_golden_ones(basis):
 if __name__ == "__main__":
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text(json.dumps(golden_losses(), indent=1) + "\n", encoding="utf-8")
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    losses = []
+    for kind in (int, np.int64):
+        torch.manual_seed(0)
+        student = nn.Parameter(torch.randn(12, 9))
+        reading = Own(rank=kind(2))
+        loss = DirectionSensitivityLoss([("a", student, torch.randn(12, 9))], reading, kind(2), grad_steps=kind(1))
+        optimizer = torch.optim.SGD([student], lr=0.1)
+        loss.attach(optimizer, total_steps=kind(8), weight=0.1)
+        for _ in range(5):
+            student.grad = torch.randn(12, 9)
+            optimizer.step()
+        losses.append(loss().item())
+    assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match="svd_steps"):
+        DirectionSensitivityLoss([("a", student, torch.randn(12, 9))], svd_steps=np.bool_(True))

@@ -11,8 +11,29 @@ from common import ROOT
 GLUE = ROOT / "nlp" / "BERT-of-Theseus" / "run_glue_SVD_losslayer.py"
 VISION = ROOT / "cv" / "train_svd.py"
 
-
 # The command line of a program; in the first start, process 1 is killed when it comes to the given step.
+KILLED = """
+import os, runpy, signal, sys
+program, step = sys.argv[1], int(sys.argv[2])
+sys.argv = sys.argv[1:2] + sys.argv[3:]
+sys.path[:0] = [{root!r}, os.path.dirname(program)]
+from common.torchvision_repair import repair_torchvision
+repair_torchvision()
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+    from torch.optim import Optimizer
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+    steps = []
+
+    def count(*_):
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    register_optimizer_step_pre_hook(count)
+runpy.run_path(program, run_name="__main__")
+"""
+
+
 def environment() -> dict[str, str]:
     """One thread a process, no GPU."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -26,6 +47,12 @@ def launch(program: Path, words: list[str], *how: str, seconds: int = 240) -> su
     """The program in two processes, `how` more flags of torchrun."""
     command = torchrun("--standalone", "--nproc_per_node=2", *how, program, *words)
     return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+
+
+def launch_killed(program: Path, words: list[str], step: int, script: Path) -> subprocess.CompletedProcess:
+    """The same with a restart, after process 1 was killed at a step; `script`: where to write the wrapper."""
+    script.write_text(KILLED.format(root=str(ROOT)))
+    return launch(script, [str(program), str(step), *words], "--max-restarts=1")
 
 
 def launch_two_agents(program: Path, words: list[str], port: int, seconds: int = 240) -> list[tuple[int, str, str]]:

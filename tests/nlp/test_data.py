@@ -11,7 +11,14 @@ import torch
 from nlp_fixtures import tiny_tokenizer
 from transformers import DataCollatorWithPadding
 
-from bert_of_theseus.data import Examples, load_task_data, random_subset, selection_split, tokenize
+from bert_of_theseus.data import (
+    Examples,
+    load_diagnostics,
+    load_task_data,
+    random_subset,
+    selection_split,
+    tokenize,
+)
 from bert_of_theseus.tasks import custom_task, get_task
 from common.run.errors import UserError
 
@@ -183,6 +190,40 @@ def test_the_hub_serves_where_no_folder_is_given(monkeypatch):
     ]
     assert (data["dev_mismatched"].texts, data["dev_mismatched"].labels.tolist()) == ((["p"], ["h"]), [2])
     assert data["test_matched"].labels is None
+
+
+@pytest.mark.parametrize("place", ["MNLI/diagnostic.tsv", "diagnostic/diagnostic.tsv", "AX/AX.tsv"])
+def test_diagnostics_lie_in_the_folder_of_mnli_or_beside_it(tmp_path, place):
+    for folder in ("MNLI", (tmp_path / place).parent.name):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / place).write_text("index\tsentence1\tsentence2\n0\tIt snows.\tIt is cold.\n")
+    (found,) = load_diagnostics(tmp_path / "MNLI").values()
+    assert (found.texts, found.labels) == ((["It snows."], ["It is cold."]), None)
+    assert found.task.labels == get_task("MNLI").labels
+
+
+def test_diagnostics_that_are_not_there_are_said(tmp_path, capsys):
+    assert load_diagnostics(tmp_path) == {}
+    assert f"no AX.tsv will be written, as {tmp_path} has none of diagnostic.tsv, AX.tsv" in capsys.readouterr().out
+
+
+def test_the_hubs_diagnostics_are_read(monkeypatch):
+    def load_dataset(name, config, split, cache_dir):
+        assert (name, config, split, cache_dir) == ("nyu-mll/glue", "ax", "test", "kept")
+        return datasets.Dataset.from_dict({"premise": ["p"], "hypothesis": ["h"], "label": [-1], "idx": [0]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (found,) = load_diagnostics(None, "kept").values()
+    assert (found.texts, found.labels) == ((["p"], ["h"]), None)
+
+
+def test_diagnostics_that_the_hub_does_not_give_are_said(monkeypatch, capsys):
+    def load_dataset(*_, **__):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_diagnostics(None) == {}
+    assert "no AX.tsv will be written, as nyu-mll/glue ax cannot be read" in capsys.readouterr().out
 
 
 def test_an_unreachable_hub_points_to_the_folder(monkeypatch, tmp_path):

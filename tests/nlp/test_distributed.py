@@ -69,14 +69,12 @@ def ranks(tmp_path_factory):
     script.write_text(RANK.format(paths=[str(ROOT), str(ROOT / "nlp" / "BERT-of-Theseus")], folder=str(folder)))
     more = ("--ifsvd", "--svd_steps", "2", "--rank_size", "4", "--basis", "update", "--max_steps", "7", "--do_predict")
     more += ("--gradient_accumulation_steps", "2", "--per_gpu_eval_batch_size", "2")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    words += flags(paths, folder / "run", *more)
+    words = flags(paths, folder / "run", *more)
     words[words.index("--per_gpu_train_batch_size") + 1] = "2"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+    done = launched.launch(script, words)
     assert done.returncode == 0, done.stderr[-3000:]
     kept = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    return SimpleNamespace(first=kept[0], second=kept[1], run=folder / "run", data=paths.data)
+    return SimpleNamespace(first=kept[0], second=kept[1], run=folder / "run", words=words, data=paths.data)
 
 
 def test_both_ranks_took_part(ranks):
@@ -185,6 +183,15 @@ def test_a_users_error_is_said_once(tmp_path, paths):
     done = launched.launch(launched.GLUE, flags(paths, tmp_path / "run", "--max_seq_length", "9999"))
     assert done.returncode != 0
     assert done.stderr.count("error: --max_seq_length 9999: the model takes 64 tokens at most") == 1, done.stderr
+
+
+def test_a_process_that_is_killed_is_started_again_and_resumed_to_the_same_bits(tmp_path, ranks):
+    words = [*ranks.words, "--output_dir", str(tmp_path / "run"), "--save_steps", "2"]
+    done = launched.launch_killed(launched.GLUE, words, 4, tmp_path / "process.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count(f"started again by torchrun, the run in {tmp_path / 'run'} is resumed") == 1
+    assert_same_bits(weights_of(tmp_path / "run" / "student"), weights_of(ranks.run / "student"))
+    assert [line["step"] for line in log_of(tmp_path / "run", "task_loss")] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_two_agents_on_the_loopback_train_one_student(tmp_path, paths, unused_port):

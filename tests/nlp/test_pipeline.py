@@ -32,6 +32,7 @@ from bert_of_theseus import pipeline
 from bert_of_theseus.training import METHOD_STATE, DistillationTrainer, MethodStateCallback, last_checkpoint
 from common import ROOT
 from common.run import manifest
+from common.run.confusion import read_confusion
 from common.run.errors import UserError
 from dskd import DirectionSensitivityLoss
 
@@ -203,6 +204,13 @@ def test_predictions_are_those_of_the_exported_student_in_the_servers_format(tra
         predicted = [model.config.id2label[p] for p in model(**batch).logits.argmax(-1).tolist()]
     written = lines(trained / "predictions" / "RTE.tsv")
     assert written == ["index\tprediction", *(f"{i}\t{label}" for i, label in enumerate(predicted))]
+
+
+def test_the_confusion_matrix_is_of_the_last_evaluation(trained):
+    found = read_confusion(trained)
+    assert (found.classes, found.step, found.evaluated_on) == (("entailment", "not_entailment"), 6, "dev")
+    assert found.examples.tolist() == [6, 6]
+    assert found.hits.sum() / 12 == pytest.approx(result_of(trained)["last"])
 
 
 def test_a_run_repeats_under_its_seed_and_differs_under_another(tiny, tmp_path):  # noqa: F811
@@ -418,13 +426,14 @@ def test_an_exported_student_can_be_evaluated_and_can_predict_by_itself(trained,
     assert lines(tmp_path / "predictions" / "RTE.tsv") == lines(trained / "predictions" / "RTE.tsv")
 
 
-def test_mnli_reports_matched_and_mismatched_and_predicts_both(tiny, tmp_path):  # noqa: F811
+def test_mnli_reports_matched_and_mismatched_and_predicts_both_and_the_diagnostics(tiny, tmp_path):  # noqa: F811
     labels = ("entailment", "neutral", "contradiction")
     for seed, name in enumerate(("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched")):
         texts = zip(sentences(8, 2 * seed), sentences(8, 2 * seed + 1), strict=True)
         rows = [[str(i), a, b, labels[i % 3]] for i, (a, b) in enumerate(texts)]
         header = ["index", "sentence1", "sentence2", "gold_label"]
         (tmp_path / f"{name}.tsv").write_text("".join("\t".join(row) + "\n" for row in [header, *rows]))
+    (tmp_path / "diagnostic.tsv").write_text("index\tsentence1\tsentence2\n0\ta cat ran\ta cat sat\n")
     model = tmp_path / "model"
     BertModel(tiny_config()).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
@@ -434,7 +443,11 @@ def test_mnli_reports_matched_and_mismatched_and_predicts_both(tiny, tmp_path): 
     result = result_of(tmp_path / "run")
     assert result["last_evaluation"].keys() == {"dev_matched_accuracy", "dev_mismatched_accuracy"}
     assert result["last"] == result["last_evaluation"]["dev_matched_accuracy"]
-    assert {path.name for path in (tmp_path / "run" / "predictions").iterdir()} == {"MNLI-m.tsv", "MNLI-mm.tsv"}
+    predictions = tmp_path / "run" / "predictions"
+    assert {path.name for path in predictions.iterdir()} == {"MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"}
+    header, line = lines(predictions / "AX.tsv")
+    assert (header, line.split("\t")[0], line.split("\t")[1] in labels) == ("index\tprediction", "0", True)
+    assert read_confusion(tmp_path / "run").evaluated_on == "dev matched"
 
 
 # batches
@@ -591,12 +604,13 @@ def test_a_run_is_not_resumed_by_another_number_of_processes(trained):
         callback.load(last_checkpoint(trained))
 
 
-def test_a_run_stopped_before_its_first_checkpoint_starts_over(tiny, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite_output_dir"])
+def test_a_run_stopped_before_its_first_checkpoint_is_started_again_by_either_flag(tiny, tmp_path, flag):  # noqa: F811
     more = ("--max_steps", "2")
     execute(flags(tiny, tmp_path / "whole", *more))
-    interrupt(tmp_path / "whole", tmp_path / "resumed", 0)
-    execute(flags(tiny, tmp_path / "resumed", *more, "--resume"))
-    assert_same_bits(weights_of(tmp_path / "resumed" / "student"), weights_of(tmp_path / "whole" / "student"))
+    interrupt(tmp_path / "whole", tmp_path / "again", 0)
+    execute(flags(tiny, tmp_path / "again", *more, flag))
+    assert_same_bits(weights_of(tmp_path / "again" / "student"), weights_of(tmp_path / "whole" / "student"))
 
 
 def test_a_resumed_run_takes_the_predecessor_that_it_had_trained(tiny, whole_story, tmp_path):  # noqa: F811

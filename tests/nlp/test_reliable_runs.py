@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -31,9 +32,10 @@ from bert_of_theseus import pipeline
 from bert_of_theseus.arguments import parse_arguments
 from bert_of_theseus.training import DistillationTrainer, PatienceCallback, last_checkpoint
 from common import ROOT
-from common.run.errors import UserError
-from common.run.lock import locked
+from common.run.errors import UserError, run_cli
+from common.run.lock import check_unlocked, locked
 from common.run.manifest import MANIFEST, damage
+from common.run.record import RunRecord
 from common.run.stopping import Stopped
 
 SCRIPT = ROOT / "nlp" / "BERT-of-Theseus" / "run_glue_SVD_losslayer.py"
@@ -149,6 +151,25 @@ def test_a_second_run_in_a_folder_is_refused(tiny, tmp_path, more):  # noqa: F81
     told = rf"--output_dir {tmp_path} is in use by another run, process {os.getpid()}"
     with locked("--output_dir", tmp_path), pytest.raises(UserError, match=told):
         execute(flags(tiny, tmp_path, *more))
+
+
+def test_the_folder_is_held_from_the_first_step_to_the_result(tiny, tmp_path, monkeypatch):  # noqa: F811
+    refused = []
+
+    def looking(method):
+        def looked(*args, **kwargs):
+            with pytest.raises(UserError, match="in use by another run"):
+                check_unlocked("--output_dir", tmp_path)
+            refused.append(method.__name__)
+            return method(*args, **kwargs)
+
+        return looked
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", looking(DistillationTrainer.compute_loss))
+    monkeypatch.setattr(RunRecord, "finish", looking(RunRecord.finish))
+    execute(flags(tiny, tmp_path, "--max_steps", "1"))
+    assert (refused[0], refused[-1]) == ("compute_loss", "finish")
+    check_unlocked("--output_dir", tmp_path)
 
 
 def test_what_a_killed_write_left_goes_with_the_next_start(tiny, whole, tmp_path):  # noqa: F811
@@ -359,6 +380,26 @@ def test_too_little_space_for_two_checkpoints_is_told_before_training(tiny, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_full_disk_is_one_line_with_the_way_on(tiny, whole, tmp_path, monkeypatch, capsys):  # noqa: F811
+    output = copy_until(whole, tmp_path / "run", 4)
+    words = flags(tiny, output, *SIX, "--resume")
+
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/3")
+
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(sys, "argv", ["run_glue.py", *words])
+    with pytest.raises(SystemExit) as caught:
+        run_cli(lambda: execute(words))
+    assert caught.value.code == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("error: disk full")
+    assert last.endswith(f"make room, then go on with: python run_glue.py --resume {shlex.join(words[:-1])}")
+    monkeypatch.undo()
+    execute(words)
+    assert_same_bits(weights_of(output / "student"), weights_of(whole / "student"))
+
+
 # signals
 
 
@@ -496,15 +537,42 @@ def test_code_that_comes_with_a_model_never_runs(tiny, tmp_path, monkeypatch):  
 # results and students
 
 
+def regression(model, folder, score: str = "0.75") -> list[str]:
+    """The command line of a regression on two texts, of which the second one has the given score."""
+    for name in ("train", "dev"):
+        (folder / f"{name}.csv").write_text(f"t,s\nthe cat,0.5\na dog,{score}\n")
+    words = ["--model_name_or_path", model, "--task_name", "custom", "--output_dir", folder / "run"]
+    words += ["--do_train", "--do_eval", "--method", "finetune", "--regression", "--text_columns", "t"]
+    words += ["--max_seq_length", "32"]
+    words += ["--label_column", "s", "--train_file", folder / "train.csv", "--dev_file", folder / "dev.csv"]
+    return [str(word) for word in words]
+
+
 @pytest.mark.parametrize("score", ["1e300", "1e30", "nan", "inf"])
 def test_a_regression_target_that_no_loss_holds_is_refused_with_its_line(tiny, tmp_path, score):  # noqa: F811
-    for name in ("train", "dev"):
-        (tmp_path / f"{name}.csv").write_text(f"t,s\nthe cat,0.5\na dog,{score}\n")
-    words = ["--model_name_or_path", tiny.model, "--task_name", "custom", "--output_dir", tmp_path / "run"]
-    words += ["--do_train", "--do_eval", "--method", "finetune", "--regression", "--text_columns", "t"]
-    words += ["--label_column", "s", "--train_file", tmp_path / "train.csv", "--dev_file", tmp_path / "dev.csv"]
     with pytest.raises(UserError, match=r"train.csv line 3: score"):
-        execute([str(word) for word in words])
+        execute(regression(tiny.model, tmp_path, score))
+
+
+@pytest.mark.parametrize("bias", [1e25, 1e38])
+def test_a_predecessor_whose_predictions_no_loss_holds_is_refused(tiny, tmp_path, bias):  # noqa: F811
+    def one_output(weights):
+        return {**weights, "classifier.weight": torch.zeros(1, 32), "classifier.bias": torch.tensor([bias])}
+
+    model = changed_model(tiny, tmp_path / "model", one_output)
+    config = json.loads((model / "config.json").read_text())
+    names = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    (model / "config.json").write_text(json.dumps({**config, **names}))
+    with pytest.raises(UserError, match="its outputs on the train set are not finite, or too large for a squared"):
+        execute(regression(model, tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_whose_predictions_are_not_finite_has_no_result_and_is_no_best_one(tiny, tmp_path):  # noqa: F811
+    words = regression(tiny.model, tmp_path)
+    with pytest.raises(UserError, match=r"the run diverged: .* outputs are not finite"):
+        execute([*words, "--learning_rate", "1e20", "--max_steps", "1", "--report_to", "none"])
+    assert not {"result.json", "student", "student_best"} & {path.name for path in (tmp_path / "run").iterdir()}
 
 
 def test_saved_students_have_the_rights_that_the_umask_asks_for(whole):

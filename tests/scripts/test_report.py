@@ -16,6 +16,7 @@ from cv_fixtures import read_run, save_teacher, short_config
 from nlp_fixtures import execute, flags, tiny, weights_of  # noqa: F401
 
 from common.run.choices import ChoiceLog
+from common.run.confusion import Confusion, write_confusion
 from common.run.errors import UserError
 from common.run.record import RunRecord
 from cv.config import as_dict
@@ -23,6 +24,7 @@ from cv.trainer import train
 from dskd import Curvature, DirectionSensitivityLoss, Own
 from scripts import report as script
 from scripts.lib.report import plots
+from scripts.lib.report.classes import mixed_up
 from scripts.lib.report.heatmaps import overlaps, thinned
 from scripts.lib.report.labels import labels
 from scripts.lib.report.load import Choice, Selected, load_run
@@ -317,6 +319,49 @@ def test_every_picture_is_well_formed_and_fetches_nothing(shown):
         for element in ElementTree.fromstring(svg).iter():
             links = [value for name, value in element.attrib.items() if name.endswith("href")]
             assert all(link.startswith(("#", "data:")) for link in links)
+
+
+CELLS = np.array([[0, 0, 31], [0, 1, 9], [1, 0, 2], [1, 1, 18]])
+
+
+def test_the_confusion_matrix_of_few_classes_is_drawn_with_its_counts(tmp_path, monkeypatch):
+    write_confusion(text_run(tmp_path), Confusion(("no", HOSTILE), CELLS, 20, "dev"))
+    page = page_of(monkeypatch, tmp_path)
+    svg = pictures(page)["Confusion matrix of 2 classes"]
+    assert [f"<!-- {count} -->" in svg for count in (31, 9, 2, 18)] == [True] * 4
+    # (31/40 + 18/20) / 2; (2 * 31 / (40 + 33) + 2 * 18 / (20 + 27)) / 2
+    assert "60 examples\n(dev): accuracy 0.8167, balanced accuracy 0.8375, macro F1 0.8076." in page
+    assert "<td>40</td><td>33</td><td>77.5%</td><td>93.9%</td>" in page
+    assert HOSTILE not in page + svg
+
+
+def test_of_many_classes_the_pairs_that_are_mixed_up_most_are_listed(tmp_path, monkeypatch):
+    cells = np.array([[i, i, 50] for i in range(100)] + [[3, 7, 25], [7, 3, 4], *([i, 0, 1] for i in range(20, 40))])
+    write_confusion(text_run(tmp_path), Confusion(tuple(f"class {i}" for i in range(100)), cells, 20, "dev"))
+    page = page_of(monkeypatch, tmp_path)
+    assert not [alt for alt in pictures(page) if alt.startswith("Confusion")]
+    rows = re.findall(r'<th scope="row">(class \d+)</th><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>', page)
+    assert rows[:2] == [("class 3", "class 7", "25", "33.3%"), ("class 7", "class 3", "4", "7.4%")]
+    assert len(rows) == 15
+
+
+def test_many_classes_without_a_mistake_say_so(tmp_path, monkeypatch):
+    cells = np.array([[i, i, 50] for i in range(100)])
+    write_confusion(text_run(tmp_path), Confusion(tuple(map(str, range(100))), cells, 20, "dev"))
+    assert "No example of the 100 classes is taken for another." in page_of(monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(("classes", "count"), [(2, 10**6), (12, 9999), (12, 7), (1, 1)])
+def test_counts_of_a_confusion_matrix_fit_into_their_cells(classes, count):
+    cells = np.array([[i, j, count] for i in range(classes) for j in range(classes)])
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scripts.lib.report.classes.svg", lambda figure: figures.append(figure) or plots.svg(figure))
+        mixed_up(Confusion(tuple(f"a long name {i}" for i in range(classes)), cells, 1, "dev"))
+    (axis,) = figures[0].axes
+    cell = axis.get_window_extent().width / classes
+    assert all(text.get_window_extent().width <= cell for text in axis.texts)
+    assert all(text.get_fontsize() >= 5 for text in axis.texts)
 
 
 def test_header_and_figures_come_from_the_result(shown):

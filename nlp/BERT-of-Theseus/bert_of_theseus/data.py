@@ -13,10 +13,12 @@ import torch
 from sklearn.model_selection import train_test_split
 
 from bert_of_theseus.tables import encode_label, parse_score, read_table
-from bert_of_theseus.tasks import HUB_DATASET, Task
+from bert_of_theseus.tasks import DIAGNOSTICS, HUB_DATASET, Task
 from common.run.errors import UserError
 
 _CHUNK = 10_000  # texts tokenised at once: enough to keep every core busy, little enough memory
+# where the diagnostics may lie, from MNLI's folder
+_DIAGNOSTICS = ("diagnostic.tsv", "AX.tsv", "../diagnostic.tsv", "../diagnostic/diagnostic.tsv", "../AX/AX.tsv")
 _SCORE_BINS = 5  # a selection split of a regression is stratified by quintiles of the score
 
 
@@ -105,6 +107,32 @@ def load_task_data(
                 )
         return {name: _from_file(task, folder / f"{name}.tsv", name) for name in sets}
     return {name: _from_hub(task, name, cache_dir) for name in sets}
+
+
+def load_diagnostics(data_dir: str | Path | None, cache_dir: str | Path | None = None) -> dict[str, Examples]:
+    """GLUE's diagnostics (AX), by set name; empty where they are not to be had, which is printed.
+
+    Args:
+        data_dir: MNLI's folder: `diagnostic.tsv` or `AX.tsv` in it, or beside it as GLUE's download scripts put them;
+            None reads the hub's.
+        cache_dir: as for `load_task_data`.
+
+    Raises:
+        UserError: a bad file.
+    """
+    (name,) = DIAGNOSTICS.splits
+    if data_dir is None:
+        try:
+            return {name: _from_hub(DIAGNOSTICS, name, cache_dir)}
+        except (UserError, ValueError):  # MNLI may be in the cache, and these not
+            print(f"note: no AX.tsv will be written, as {HUB_DATASET} {DIAGNOSTICS.hub_config} cannot be read")
+            return {}
+    folder = Path(data_dir)
+    for place in _DIAGNOSTICS:
+        if (path := folder / place).is_file():
+            return {name: _from_file(DIAGNOSTICS, path, name)}
+    print(f"note: no AX.tsv will be written, as {folder} has none of {', '.join(_DIAGNOSTICS)}")
+    return {}
 
 
 def selection_split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:

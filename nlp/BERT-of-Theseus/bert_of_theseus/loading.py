@@ -13,7 +13,7 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-from bert_of_theseus.data import load_task_data, random_subset, selection_split
+from bert_of_theseus.data import load_diagnostics, load_task_data, random_subset, selection_split
 from bert_of_theseus.modeling import SUPPORTED, encoder_layers, last_of_group
 from bert_of_theseus.tasks import Task, custom_task, get_task
 from common.run.errors import UserError
@@ -34,6 +34,8 @@ def load_data(args: argparse.Namespace) -> tuple[dict, Task]:
     files = {"train_file": args.train_file, "dev_file": args.dev_file, "test_file": args.test_file} if custom else {}
     data = load_task_data(task, args.data_dir, sets=sets, cache_dir=args.cache_dir, **files)
     task = next(iter(data.values())).task
+    if args.do_predict and task.name == "MNLI":
+        data |= load_diagnostics(args.data_dir, args.cache_dir)
     if args.selection_split:
         data["train"], data["selection"] = selection_split(data["train"], args.selection_split, args.seed)
     if args.max_train_samples:
@@ -228,10 +230,11 @@ def check_inputs(args: argparse.Namespace, tokenizer, model, datasets: dict) -> 
                 f"--model_name_or_path {args.model_name_or_path} does not take a batch of the {name} set: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        if not outputs["logits"].isfinite().all():
+        logits = outputs["logits"]
+        if not (logits.square() if logits.shape[-1] == 1 else logits).isfinite().all():  # regression squares them
             raise UserError(
-                f"--model_name_or_path {args.model_name_or_path}: its outputs on the {name} set are not finite; "
-                "the model is broken"
+                f"--model_name_or_path {args.model_name_or_path}: its outputs on the {name} set are not finite, or too "
+                "large for a squared error; the model is broken"
             )
 
 

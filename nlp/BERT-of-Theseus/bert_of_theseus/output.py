@@ -16,7 +16,7 @@ from common.run.reading import read_json, reading
 
 # what a run writes, and what --overwrite_output_dir therefore may remove
 _WRITTEN = ("checkpoint-*", "student", "student_best", "predecessor", "predictions", "runs", "metrics.jsonl")
-_WRITTEN += ("directions.jsonl", "config.json", "result.json", "evaluation.json")
+_WRITTEN += ("directions.jsonl", "confusion.json", "config.json", "result.json", "evaluation.json")
 _EARLIER = ".earlier-run"  # where an earlier run waits until the new one has something complete
 _READ = ("model_name_or_path", "data_dir", "train_file", "dev_file", "test_file", "cache_dir")
 # what a resumed run may be given otherwise than the run that it continues

@@ -41,8 +41,10 @@ from bert_of_theseus.reporting import (
     summary,
 )
 from bert_of_theseus.schedules import replacing_schedule
+from bert_of_theseus.tasks import DIAGNOSTICS
 from bert_of_theseus.training import (
     BestStudentCallback,
+    ConfusionCallback,
     DistillationTrainer,
     FollowOptimizerCallback,
     MethodStateCallback,
@@ -68,6 +70,7 @@ from common.run.errors import UserError
 from common.run.files import write_json, write_text
 from common.run.reading import reading
 from common.run.record import RunRecord
+from common.run.restarts import start_group
 from common.run.stopping import Stopped, end_at_once, handled, stop_requests
 from common.settings import SETTINGS, of_arguments
 from common.svd_loss import DirectionSensitivityLoss, build_loss
@@ -93,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
         for name, examples in data.items()
     }
     check_inputs(args, tokenizer, model, datasets)
+    start_group()
     setup = training_arguments(args, output_dir)  # starts the process group of a distributed run
     first = setup.process_index == 0
     # all that can be refused is, before an earlier run is moved aside
@@ -312,6 +316,8 @@ def _train(args, task, tokenizer, model, datasets, job: _Job | None, claim: Clai
         record = method_state.record = RunRecord(output_dir, vars(args), resume_step=step, resume_lines=log_lines)
         directions = ChoiceLog(output_dir, dskd, pairs, resume_step=step) if dskd else None
         trainer.add_callback(RecordCallback(record, directions))
+        if not task.regression:
+            trainer.add_callback(ConfusionCallback(output_dir, task, trainer.compute_metrics))
     layers = depth(_exported(student))
     how = method_in_words(args, layers)
 
@@ -466,7 +472,9 @@ def _evaluate_only(args, task, tokenizer, model, datasets) -> None:
 def _predict(args, task, tokenizer, model, datasets) -> None:
     setup = training_arguments(args, Path(args.output_dir), report_to=[])
     trainer = _trainer(args, task, tokenizer, model, datasets, setup)
-    for name in task.test_sets:
+    sets = [(task, name) for name in task.test_sets]
+    sets += [(DIAGNOSTICS, name) for name in DIAGNOSTICS.test_sets if name in datasets]
+    for task, name in sets:
         logits = first_output(trainer.predict(datasets[name]).predictions)
         if setup.process_index == 0:
             folder = Path(args.output_dir) / "predictions"

@@ -5,7 +5,7 @@ Columns are those of the original TSV files (gluebenchmark.com); labels are in t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from common.run.errors import UserError
 
@@ -142,6 +142,15 @@ TASKS: tuple[Task, ...] = (
     _glue("QNLI", ("question", "sentence"), "label", ("entailment", "not_entailment"), "accuracy", "accuracy"),
     _glue("RTE", _PAIR, "label", ("entailment", "not_entailment"), "accuracy", "accuracy"),
     _glue("WNLI", _PAIR, "label", _BINARY, "accuracy", "accuracy", words=("not_entailment", "entailment")),
+)
+
+# GLUE's diagnostics, which a model of MNLI predicts: sentence pairs with MNLI's labels that the server alone knows
+DIAGNOSTICS = replace(
+    next(task for task in TASKS if task.name == "MNLI"),
+    name="AX",
+    hub_config="ax",
+    splits={"test_diagnostics": "test"},
+    predictions={"test_diagnostics": "AX.tsv"},
 )
 
 _BY_KEY = {task.hub_config: task for task in TASKS}

@@ -31,6 +31,7 @@ from bert_of_theseus.modeling import TheseusModel, encoder_layers
 from bert_of_theseus.sampling import LengthGrouped
 from bert_of_theseus.tasks import Task
 from common.run.choices import ChoiceLog
+from common.run.confusion import Confusion, confused, write_confusion
 from common.run.disk import writing
 from common.run.errors import UserError
 from common.run.files import name_aside, readable, write_aside
@@ -417,6 +418,25 @@ class RecordCallback(TrainerCallback):
             self.record.log(state.global_step, **logs)
 
 
+class ConfusionCallback(TrainerCallback):
+    """Writes which classes of the (first) dev set are mixed up, at every evaluation of it.
+
+    Args:
+        folder: the run's output folder.
+        task: a classification.
+        metrics: the Trainer's, of `metrics_function`.
+    """
+
+    def __init__(self, folder: Path, task: Task, metrics: Callable):
+        self.folder, self.task, self.metrics = folder, task, metrics
+
+    def on_evaluate(self, args, state, control, metrics=None, **_):
+        name = self.task.dev_sets[0]
+        if state.is_world_process_zero and f"eval_{name}_{self.task.primary}" in (metrics or {}):
+            confusion = Confusion(self.task.labels, self.metrics.cells, state.global_step, name.replace("_", " "))
+            write_confusion(self.folder, confusion)
+
+
 class BestStudentCallback(TrainerCallback):
     """Keeps the student of the best evaluation so far.
 
@@ -485,15 +505,21 @@ def collator(tokenizer) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
 
 
 def metrics_function(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
-    """`compute_metrics` of the Trainer for a task; its `classes` is the number that the last set was predicted as."""
+    """`compute_metrics` of the Trainer for a task.
+
+    `cells` are those of the last set's `Confusion`, `classes` the number that the set was predicted as; both are None
+    for a regression.
+    """
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits = first_output(prediction.predictions)
         found = compute(task, logits, prediction.label_ids)
-        metrics.classes = None if task.regression else len(np.unique(decide(task, logits)))
+        if not task.regression:
+            metrics.cells = confused(prediction.label_ids, decide(task, logits))
+            metrics.classes = len(np.unique(metrics.cells[:, 1]))
         return found
 
-    metrics.classes = None
+    metrics.classes = metrics.cells = None
     return metrics
 
 

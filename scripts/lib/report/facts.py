@@ -14,12 +14,15 @@ def headline(run: Run) -> list[tuple[str, Any]]:
     """What was run, where and how."""
     result = run.result or {}
     student = run.setting("DISTILLER.STUDENT", "num_successor_layers") or "the default number of layers"
+    teacher = run.setting("DISTILLER.TEACHER", "model_name_or_path") or ", ".join(
+        run.settings.get("DISTILLER.TEACHERS", [])
+    )
     facts = [
         ("Status", "finished" if run.result else f"in progress, last log line at step {run.last_step}"),
         ("Method", run.method),
         ("Dataset", run.task),
         ("Student", f"{student} layers" if isinstance(student, int) else student),
-        ("Teacher", run.setting("DISTILLER.TEACHER", "model_name_or_path") or "none"),
+        ("Teacher", teacher or "none"),
         ("Seed", run.seed),
     ]
     later = {"Device": "device", "Revision": "git_revision", "Command": "command"}

@@ -6,7 +6,15 @@ from typing import Any
 from scripts.lib.report.load import Run
 
 # settings that say where things are, not what was run
-_PLACES = ("OUTPUT_DIR", "DISTILLER.TEACHER_CKPT", "DATASET.ROOT", "output_dir", "data_dir", "overwrite_output_dir")
+_PLACES = (
+    "OUTPUT_DIR",
+    "DISTILLER.TEACHER_CKPT",
+    "DISTILLER.TEACHER_CKPTS",
+    "DATASET.ROOT",
+    "output_dir",
+    "data_dir",
+    "overwrite_output_dir",
+)
 # settings that runs of different methods may differ in as well: in labels, in the vision pipeline, in the text pipeline
 _TOLD = {
     "student": ("DISTILLER.STUDENT", ""),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.run.confusion import Confusion, read_confusion
 from common.run.errors import UserError
 from common.run.reading import parse_json, read_json, read_text, reading
 
@@ -52,6 +53,7 @@ class Run:
     result: dict[str, Any] | None
     metrics: list[dict[str, Any]]
     choices: list[Choice] = field(default_factory=list)
+    confusion: Confusion | None = None
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -152,7 +154,7 @@ def load_run(folder: Path) -> Run:
     metrics = _lines(folder / "metrics.jsonl", running=ended is None)
     chosen = _lines(directions, running=ended is None) if directions.exists() else {}
     choices = [_choice(line, where) for where, line in chosen.items()]
-    return Run(folder, config, ended, list(metrics.values()), choices)
+    return Run(folder, config, ended, list(metrics.values()), choices, read_confusion(folder))
 
 
 def metric_name(key: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 
 from scripts.lib.report import curves
+from scripts.lib.report.classes import mixed_up
 from scripts.lib.report.directions import directions, spectra_of_updates, spectra_of_weights
 from scripts.lib.report.facts import figures, headline
 from scripts.lib.report.labels import labels
@@ -23,6 +24,7 @@ def report(runs: Sequence[Run]) -> str:
             "title": f"{run.method} on {run.task}, seed {run.seed}",
             "results": [(name, *values) for name, values in found.items()],
             "curves": curves.of_one(run),
+            "confusion": run.confusion and mixed_up(run.confusion),
             "directions": directions(run),
             "update_spectra": spectra_of_updates(run),
             "weight_spectra": spectra_of_weights(run),

@@ -28,7 +28,11 @@ STYLES = (("C0", "o"), ("C9", "s"), ("C1", "D"), ("C3", "^"), ("0.4", "v"))  # o
 
 
 class Row(Part):
-    """One difference: of a cell to another one, which may stand in another table as `table/cell`."""
+    """One difference: of a cell to another one, which may stand in another table as `table/cell`.
+
+    With the task "*" the tasks are what is repeated, such as teachers: pairs are the means of each task over the seeds
+    that both cells have there, so that the interval covers the choice of the task.
+    """
 
     label: str
     setting: str = ""  # of the front table, whose rows are those that have one
@@ -90,6 +94,9 @@ def compare(row: Row, group: str = "") -> Line:
     other_table, _, other_cell = row.versus.rpartition("/")
     ours, our_steps = _last(row.table, row.task, row.cell)
     theirs, their_steps = _last(other_table or row.table, row.task, other_cell)
+    if row.task == "*":
+        both = ours.index.intersection(theirs.index)
+        ours, theirs = (each.loc[both].groupby("task").mean() for each in (ours, theirs))
     steps = f"{our_steps}" if our_steps == their_steps else f"{our_steps} / {their_steps}"
     return Line(group, row.label, row.setting, row.table, steps=steps, **paired_difference(ours, theirs))
 
@@ -112,9 +119,13 @@ def _table(name: str) -> tuple[Table, pd.DataFrame]:
 
 
 def _last(name: str, task: str, cell: str) -> tuple[pd.Series, int]:
-    """The last metric of a cell by seed, in the table's display units, and its optimizer steps."""
+    """The last metric of a cell by seed, in the table's display units, and its optimizer steps.
+
+    With the task "*" by task and seed.
+    """
     table, rows = _table(name)
-    mine = rows[(rows["task"] == task) & (rows["cell"] == cell)].set_index("seed")
+    mine = rows[rows["cell"] == cell]
+    mine = mine.set_index(["task", "seed"]) if task == "*" else mine[mine["task"] == task].set_index("seed")
     if mine.empty:
         raise UserError(f"results/{name} has no rows of {f'{task} ' * bool(task)}{cell}")
     return mine["last"].astype(float) * table.scale, int(float(mine["steps"].iloc[0]))
