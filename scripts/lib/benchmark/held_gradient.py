@@ -16,7 +16,7 @@ from dskd import DirectionSensitivityLoss, Update, direction_sensitivity, select
 from dskd.controls import ReleasedGradient
 from dskd.matrices import DRIVERS, as_matrix
 from dskd.observed import ObservedStep
-from dskd.readings import Reading
+from dskd.readings import Reading, State
 
 SMOOTHINGS = (0.0, 0.003, 0.01, 0.03)
 Stages = Mapping[str, Collection[int]]  # name -> the steps after which an exact gradient is kept, 0 being the start
@@ -52,7 +52,8 @@ class HeldGradient:
         self.references: list[Reference] = []
         self.overlap: dict[str, list[float]] = {driver: [] for driver in DRIVERS}
         self._own, self._update = replace(dskd.reading, smoothing=0.0), Update(dskd.reading.rank)
-        self._along: list[dict[str, Tensor]] = []  # what `Update` has chosen, by pair
+        self._along: list[State] = []  # what `Update` has chosen, by pair
+        self._targets: dict[tuple[str, torch.dtype], list[State]] = {}  # of the teachers, until the next choice
         self._before: list[tuple[Tensor, Tensor | None]] = []  # weights and gradients
         self._open: list[tuple[Reference, dict[str, list[Tensor]]]] = []
         self._begin, self._end, self._progress = dskd.begin_step, dskd.end_step, 0.0
@@ -72,7 +73,7 @@ class HeldGradient:
         choices = self.dskd.choices
         self._end(step)
         if self.dskd.choices > choices:
-            self._open = []
+            self._open, self._targets = [], {}
             self._note_choice()
         self._look()
 
@@ -115,12 +116,16 @@ class HeldGradient:
                 group.start(self.dskd.reading, self.dskd.students)
                 for row, i in enumerate(group.index):
                     states[i] = group.of_rows([row])
-        gradients = []
-        for (_, *weights), state in zip(self.dskd.pairs, states, strict=True):
-            student_mn, teacher_mn = (as_matrix(W.detach()).to(dtype)[None] for W in weights)
-            chosen = {key: value.to(dtype) for key, value in state.items()}
-            gradients.append(reading.value_and_gradient(student_mn, reading.target(teacher_mn, chosen, {}), chosen)[1])
-        return gradients
+        chosen = [{key: value.to(dtype) for key, value in state.items()} for state in states]
+        students, teachers = (
+            [as_matrix(weights[role].detach()).to(dtype)[None] for _, *weights in self.dskd.pairs] for role in (0, 1)
+        )
+        key = repr(reading), dtype
+        if key not in self._targets:
+            pairs = zip(teachers, chosen, strict=True)
+            self._targets[key] = [reading.target(teacher_mn, mine, {}) for teacher_mn, mine in pairs]
+        rows = zip(students, self._targets[key], chosen, strict=True)
+        return [reading.value_and_gradient(student_mn, target, mine)[1] for student_mn, target, mine in rows]
 
 
 def cosines(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[float]:
