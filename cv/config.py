@@ -65,6 +65,7 @@ def defaults() -> CfgNode:
     cfg.SOLVER.PRECISION = "fp32"  # fp32, bf16 or fp16 (GPU only) mixed precision (str)
     cfg.SOLVER.CHANNELS_LAST = True  # NHWC memory layout of images and weights (bool)
     cfg.SOLVER.SYNC_BN = False  # batch statistics of all processes together: several train as one does (bool)
+    cfg.SOLVER.DETERMINISTIC = False  # the same bits in every run on one GPU, slower; as on a CPU (bool)
     cfg.SOLVER.COMPILE = False  # torch.compile of student and teacher; pays on long runs (bool)
 
     cfg.DSKD = CfgNode()

@@ -31,6 +31,7 @@ from cv.config import as_dict, repository_path
 from cv.data import DataSets, EpochLoader, load_dataset
 from cv.data.cache import DECODED
 from cv.data.memory import memory_errors, memory_is_short
+from cv.determinism import kernels
 from cv.dskd import build_dskd, layer_map, layer_pairs
 from cv.export import check_onnx_packages, export_onnx, load_model, save_model
 from cv.methods import METHODS, Distiller, build_distiller
@@ -74,7 +75,7 @@ def train(cfg: CfgNode, *, resume: bool = False, overwrite: bool = False) -> dic
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     output = RunFolder(folder, main=accelerator.is_main_process)
-    with output.hold(), memory_errors():
+    with output.hold(), memory_errors(), kernels(solver.DETERMINISTIC):
         accelerator.wait_for_everyone()
         return _train(cfg, output, accelerator, resume=resume, overwrite=overwrite)
 

@@ -24,6 +24,7 @@ from .groups import Pairs, group_by_shape
 from .held import Held, check_intervals, hand_out
 from .matrices import in_layout_of, inner_product, largest_entries
 from .observed import ObservedStep
+from .precision import full_precision
 from .processes import collect
 from .readings import Own, Reading
 from .reports import Reports
@@ -90,7 +91,7 @@ class DirectionSensitivityLoss(Reports, Saved):
         """The loss, a scalar in the working precision."""
         self.watch.called(self.steps, self.students[0]._version, self.grad_steps)
         held = self._current()
-        with torch.autocast(held.value.device.type, enabled=False):
+        with full_precision(held.value.device):
             return hand_out(held.value_at(self.students), held.gradients, self.students)
 
     def gradients(self) -> list[Tensor]:
@@ -161,7 +162,7 @@ class DirectionSensitivityLoss(Reports, Saved):
         if not step.gradients_held():
             self.copy_gradients = self.postponed = True
         elif step.before is not None:
-            with torch.autocast(self.students[0].device.type, enabled=False):
+            with full_precision(self.students[0].device):
                 self.postponed = not self._choose(step)
         if self.held is not None and (self.steps - self.held.since) % self.grad_steps == 0:
             self.held = None if self.held.has_drifted(self.students, self.drift) else self.held
@@ -202,9 +203,8 @@ class DirectionSensitivityLoss(Reports, Saved):
     def _expand(self) -> Held:
         """The exact loss and gradient at the present weights."""
         value, gradients = torch.zeros((), device=self.students[0].device), list(self.students)
-        autocast = torch.autocast(self.students[0].device.type, enabled=False)
         # tensors of inference could not be held for the training, and leaving it would enable gradients
-        with torch.inference_mode(False), torch.no_grad(), autocast:
+        with torch.inference_mode(False), torch.no_grad(), full_precision(self.students[0].device):
             for group in self.groups:
                 group.start(self.reading, self.students)
                 for rows in group.rounds(range(len(group))):

@@ -1,9 +1,9 @@
 """Matrix views and decompositions below the DSKD loss. Suffixes name shapes: `V_nr` is (..., n, r), r = min(m, n)."""
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+import warnings
+from collections.abc import Sequence
+from functools import cache
 from numbers import Integral
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,20 +13,6 @@ from .sharding import largest_over_parts, local, sharded_like, sum_over_parts
 DRIVERS = ("gram", "svd", "randomized")
 _OVERSAMPLING = 32
 _POWER_ITERATIONS = 2
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Mixed precision must not reach the method's products of matrices."""
-
-    @wraps(function)
-    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        with torch.autocast(device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return wrapped
 
 
 def check_driver(driver: str) -> None:
@@ -60,13 +46,13 @@ def right_singular_of_unit(matrix: Tensor, driver: str, count: int | None = None
         _, sigma_n, Vh_nn = torch.linalg.svd(matrix, full_matrices=False)
         return sigma_n, Vh_nn.mT
     if driver == "gram" or count is None or 2 * (count + _OVERSAMPLING) > matrix.shape[-1]:
-        eigenvalues_n, V_nn = torch.linalg.eigh(matrix.mT @ matrix)
+        eigenvalues_n, V_nn = eigh(matrix.mT @ matrix)
         return eigenvalues_n.flip(-1).clamp(min=0).sqrt(), V_nn.flip(-1)
     basis_nq = torch.linalg.qr(matrix.mT @ _random_start(matrix, count + _OVERSAMPLING))[0]
     for _ in range(_POWER_ITERATIONS):
         basis_nq = torch.linalg.qr(matrix.mT @ (matrix @ basis_nq))[0]
     projected_mq = matrix @ basis_nq
-    eigenvalues_q, rotation_qq = torch.linalg.eigh(projected_mq.mT @ projected_mq)
+    eigenvalues_q, rotation_qq = eigh(projected_mq.mT @ projected_mq)
     return eigenvalues_q.flip(-1).clamp(min=0).sqrt(), basis_nq @ rotation_qq.flip(-1)
 
 
@@ -75,8 +61,32 @@ def eigenbasis(unit_mn: Tensor, driver: str) -> tuple[Tensor, Tensor]:
     if driver == "svd":
         sigma_n, V_nn = right_singular_of_unit(unit_mn, driver)
         return sigma_n.square().flip(-1), V_nn.flip(-1)
-    lambda_n, V_nn = torch.linalg.eigh(unit_mn.mT @ unit_mn)
+    lambda_n, V_nn = eigh(unit_mn.mT @ unit_mn)
     return lambda_n, V_nn
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., n), rising, and eigenvectors (..., n, n) of symmetric matrices (..., n, n).
+
+    A matrix that the device's solver gives up on (cuSOLVER's may, on low rank) is decomposed on the CPU in float64.
+    """
+    try:
+        lambda_n, V_nn = torch.linalg.eigh(matrix)
+        return lambda_n, V_nn
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # of the solver, or of torch in its name
+        if matrix.ndim > 2:
+            each = [eigh(one) for one in matrix]
+            return torch.stack([one[0] for one in each]), torch.stack([one[1] for one in each])
+        lambda_n, V_nn = torch.linalg.eigh(matrix.cpu().double())
+    _say_once(f"a matrix could not be decomposed on {matrix.device.type} and was on the CPU in float64, which is slow")
+    return lambda_n.to(matrix), V_nn.to(matrix)
+
+
+@cache
+def _say_once(text: str) -> None:
+    warnings.warn(f"DSKD: {text}", stacklevel=3)
 
 
 def _random_start(matrix: Tensor, q: int) -> Tensor:

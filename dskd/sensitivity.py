@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .matrices import is_whole, right_singular, shape_of, tall, unit_scale, without_autocast, working
+from .matrices import is_whole, right_singular, shape_of, tall, unit_scale, working
+from .precision import in_full_precision
 
 Score = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
@@ -54,7 +55,7 @@ def _share_of_sum(scores: Tensor) -> Tensor:
     return scores / torch.where(total > 0, total, 1.0)
 
 
-@without_autocast
+@in_full_precision
 def direction_sensitivity(update: Tensor, grad: Tensor, alpha: float, driver: str = "svd", rank: int = 0) -> Tensor:
     """Sensitivity J of every singular direction of a parameter update (method.md, steps 1 to 3).
 

@@ -4,18 +4,25 @@ python scripts/benchmark.py startup     seconds of --help and to a first trainin
 python scripts/benchmark.py method      DSKD's share of a training step, and against an SVD in every step
 python scripts/benchmark.py curvature   the same for the basis curvature, which is renewed in every step
 python scripts/benchmark.py growth      how DSKD's cost grows with matrices, rank, pairs and processes
-python scripts/benchmark.py cv          images per second and memory beside the toolkits' loop (needs CIFAR-100)
+python scripts/benchmark.py cv          images per second and memory beside the toolkits' loop (of CIFAR-100 or random)
 python scripts/benchmark.py nlp         examples per second and metric beside the GLUE example's loop (needs GLUE)
 python scripts/benchmark.py all         all of these
+python scripts/benchmark.py exactness   how right a held gradient stays in real runs: takes long, no part of all
+python scripts/benchmark.py render      measures nothing: the tables of docs/performance.md anew from the files
 """
 
+import argparse
+from pathlib import Path
 from pkgutil import resolve_name
 
 import _paths  # noqa: F401
 
-from common.run.errors import run_cli
+from common import ROOT
+from common.run.errors import Parser, run_cli
+from common.run.files import check_writable
 from common.run.numbers import Number
-from scripts.lib.benchmark.command import command, parse
+from common.torchvision_repair import repair_torchvision
+from scripts.lib.benchmark.page import render
 
 TASKS = ("RTE", "MRPC", "CoLA", "SST-2")
 # a function of scripts/lib/benchmark, imported when its turn comes, and what it takes after (output, quick)
@@ -26,20 +33,41 @@ PARTS = {
     "growth": ("growth:run", ()),
     "cv": ("loops:run", ("cifar100",)),
     "nlp": ("glue:run", ("glue", "model", "tasks", "seeds", "block", "precision")),
+    "exactness": ("exactness:run", ("cifar100", "glue", "model")),
 }
+ALL = [name for name in PARTS if name != "exactness"]
 
 
-def main() -> None:
-    parser, count = command(__doc__, "--cifar100", "--glue", "--model"), Number(int, 1)
-    parser.add_argument("what", choices=(*PARTS, "all"))
+def build_parser() -> Parser:
+    """The parser of this script."""
+    parser, count = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter), Number(int, 1)
+    parser.add_argument("what", choices=(*PARTS, "all", "render"))
+    output = ROOT / "results" / "benchmark"
+    parser.add_argument("--output", type=Path, default=output, help="folder of the files (default: results/benchmark)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; figures mean nothing")
+    text = 'folder of CIFAR-100; "random": cv takes random images (default: data/cifar100)'
+    parser.add_argument("--cifar100", default="data/cifar100", help=text)
+    text = "folder with RTE/train.tsv and so on (default: data/glue)"
+    parser.add_argument("--glue", default="data/glue", help=text)
+    model = "nreimers/MiniLM-L6-H384-uncased"
+    parser.add_argument("--model", default=model, help=f"pretrained encoder, a folder or a hub name (default: {model})")
     nlp = parser.add_argument_group("nlp")
     nlp.add_argument("--tasks", nargs="+", default=TASKS, metavar="TASK", help=f"default: {' '.join(TASKS)}")
     nlp.add_argument("--seeds", type=count, default=2, help="trainings by each loop (default: 2)")
     steps = "steps between turns, a training is 7 x BLOCK (default: 8; 11: RTE's epoch)"
     nlp.add_argument("--block", type=count, default=8, help=steps)
     nlp.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of both loops (default: bf16)")
-    args = parse(parser)
-    for name in PARTS if args.what == "all" else [args.what]:
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    if args.what == "render":
+        print(render(args.output))
+        return
+    check_writable("--output", args.output)
+    repair_torchvision()
+    for name in ALL if args.what == "all" else [args.what]:
         place, more = PARTS[name]
         run = resolve_name(f"scripts.lib.benchmark.{place}")
         print(run(args.output, args.quick, *(getattr(args, key) for key in more)), flush=True)

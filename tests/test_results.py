@@ -8,6 +8,8 @@ import pytest
 
 from common import ROOT
 from common.settings import settings_table
+from scripts.lib.benchmark.page import PAGE, filled
+from scripts.lib.benchmark.tables import TABLES
 from scripts.lib.tables.collect import read_rows
 from scripts.lib.tables.forest import Row, compare, draw, front_lines, lines_of, pages, read_front
 from scripts.lib.tables.render import interval_text, render
@@ -92,6 +94,13 @@ def test_the_settings_table_is_that_of_the_settings():
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     begin, end = "<!-- settings -->\n\n", "\n<!-- /settings -->"
     assert text.partition(begin)[2].partition(end)[0] == settings_table()
+
+
+def test_the_page_on_cost_shows_what_the_benchmark_measured():
+    """`python scripts/benchmark.py render` writes it."""
+    text = PAGE.read_text(encoding="utf-8")
+    assert re.findall(r"<!-- (\w+) -->", text) == list(TABLES)
+    assert filled(text, ROOT / "results" / "benchmark") == text
 
 
 def test_the_page_on_reliability_shows_what_the_study_of_faults_found():

@@ -30,9 +30,9 @@ from ..matrices import (
     shape_of,
     tall,
     unit_scale,
-    without_autocast,
     working,
 )
+from ..precision import in_full_precision
 from ..sensitivity import (
     Score,
     check_rank,
@@ -112,7 +112,7 @@ class Own(Reading):
         return "spectrum" not in chosen and selected_count(self.rank, r) == r  # a choice brings a spectrum
 
 
-@without_autocast
+@in_full_precision
 def low_rank_alignment(
     student: Tensor, teacher: Tensor, weights: Tensor, driver: str = "svd", smoothing: float = 0.0
 ) -> Tensor:

@@ -30,7 +30,8 @@ from common.run.errors import Parser, UserError, run_cli
 from common.run.files import check_writable, write_text
 from common.run.numbers import Number
 from common.torchvision_repair import repair_torchvision
-from scripts.lib.benchmark.timing import table, write
+from scripts.lib.benchmark.tables import table
+from scripts.lib.benchmark.timing import write
 from scripts.study.tiny_runs import Program, prepare
 
 _OFTEN = 5  # times that a run is killed or stopped before it may end

@@ -768,6 +768,7 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.gpu
 def test_bf16_computes_in_bf16_and_keeps_weights_in_float32(tmp_path, teacher, fresh_accelerator, monkeypatch):
     seen = []
     losses = KD.losses
@@ -815,6 +816,7 @@ def test_settings_of_the_data_reach_the_batches(tmp_path, teacher):
     assert plain.result["train_images"] == 128
 
 
+@pytest.mark.gpu
 def test_memory_layout_is_as_asked_for(tmp_path, teacher, monkeypatch):
     layouts = []
     step = cv.trainer._Run._step

@@ -221,6 +221,7 @@ def test_a_run_repeats_under_its_seed_and_differs_under_another(tiny, tmp_path):
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.gpu
 def test_dskd_pulls_the_student_towards_its_teacher(tiny, tmp_path):  # noqa: F811
     loss = {}
     for size in ("0", "5"):
@@ -487,6 +488,7 @@ def test_a_predecessor_that_is_tuned_in_bf16_is_the_one_that_is_saved(tiny, tmp_
     assert (tmp_path / "student" / "config.json").exists()
 
 
+@pytest.mark.gpu
 def test_bf16_runs_to_finite_losses_and_exports_single_precision(tiny, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # the Trainer may leave its choice in the environment
     execute(flags(tiny, tmp_path, "--bf16", "--max_steps", "4", *DSKD))

@@ -67,8 +67,16 @@ def test_cv_writes_speed_and_memory_of_both_loops_in_both_precisions(execute, mo
         assert rates["ours"].keys() == rates["plain"].keys() == SUMMARY
         assert result["ratio"] == pytest.approx(rates["ours"]["median"] / rates["plain"]["median"])
         assert result["peak_memory_bytes"] == {"ours": 8, "plain": 9}
-    loops_shown = [["ours", "fp32"], ["plain", "fp32"], ["ours", "bf16"], ["plain", "bf16"]]
-    assert [row[:2] for row in rows(lines)] == loops_shown
+    assert [(row[0], *row[-2:]) for row in rows(lines)] == [(name, "0", "0") for name in ("fp32", "bf16")]
+
+
+def test_cv_needs_no_data(execute, monkeypatch):
+    from scripts.lib.benchmark import loops
+
+    monkeypatch.setattr(loops, "load_dataset", lambda *_: pytest.fail("looked for data"))
+    monkeypatch.setattr(loops, "peak_memory_apart", lambda *_: 1)
+    written, _ = execute("cv", "--cifar100", "random")
+    assert written["case"].endswith(", random images")
 
 
 def test_memory_is_that_of_the_loop_and_not_of_the_measuring_process(monkeypatch):
@@ -178,6 +186,36 @@ def test_startup_writes_the_seconds_of_every_command(execute, monkeypatch):
     slowest = max(medians, key=medians.get)
     assert slowest.startswith("first training step")
     assert all(medians[name] < medians[slowest] / 2 for name in medians if name.endswith("--help"))
+
+
+def test_render_fills_the_page_from_the_files(execute, tmp_path, monkeypatch):
+    from scripts.lib.benchmark import page
+
+    written, lines = execute("curvature")
+    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
+    page.PAGE.write_text("before\n<!-- curvature -->\nold\n<!-- /curvature -->\nafter\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "render", "--output", str(tmp_path / "results")])
+    benchmark.main()
+    shown = page.PAGE.read_text(encoding="utf-8").splitlines()
+    assert shown[:2] + shown[-2:] == ["before", "<!-- curvature -->", "<!-- /curvature -->", "after"]
+    assert shown[3:6] == lines[:3]
+    assert shown[7].startswith(f"[curvature.json](../results/benchmark/curvature.json): {written['device']}, torch ")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "no such file; python scripts/benchmark.py growth writes it"),
+        ("{}", "of another version .* without 'lines'"),
+    ],
+)
+def test_render_says_which_file_it_cannot_use(tmp_path, text, told):
+    from scripts.lib.benchmark.page import filled
+
+    if text:
+        (tmp_path / "growth.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"growth\.json: {told}"):
+        filled("<!-- growth -->\n<!-- /growth -->\n", tmp_path)
 
 
 def test_startup_says_which_training_did_not_start(monkeypatch):

@@ -18,8 +18,9 @@ from bert_of_theseus.data import tokenize
 from bert_of_theseus.loading import load_data, load_model, max_length
 from bert_of_theseus.training import collator, metrics_function, training_arguments
 from common.run.errors import UserError
+from scripts.lib.benchmark import tables
 from scripts.lib.benchmark.glue_loops import PlainGlue, SampledTrainer, Turns
-from scripts.lib.benchmark.timing import summary, table, write
+from scripts.lib.benchmark.timing import summary, write
 
 BATCH, LENGTH, LEARNING_RATE = 32, 128, 1e-4
 BLOCKS = 7  # of a training; the first one is the warm-up
@@ -41,8 +42,9 @@ def run(
         runs = [_train(Path(glue) / name, model, seed, precision, **size) for seed in range(1, seeds + 1)]
         results[name] = _task_results(runs, size["batch"] * size["block"])
     case = f"fine-tuning all layers of {Path(model).name}, at most {LENGTH} tokens, learning rate {LEARNING_RATE}"
-    path = write("nlp", {"case": case, "precision": precision, "seeds": seeds, **size, "tasks": results}, folder)
-    return f"{table([_row(name, result) for name, result in results.items()])}\n\n{path}"
+    found = {"case": case, "precision": precision, "seeds": seeds, **size, "tasks": results}
+    path = write("nlp", found, folder)
+    return f"{tables.nlp(found)}\n\n{path}"
 
 
 def _arguments(data: Path, model: str, seed: int, precision: str, batch: int, steps: int) -> Namespace:
@@ -111,20 +113,4 @@ def _task_results(runs: list[dict], examples: int) -> dict:
         "metric": runs[0]["metric_name"],
         "dev_metric": {loop: [run["metric"][loop] for run in runs] for loop in loops},
         "dev_loss": {loop: [run["loss"][loop] for run in runs] for loop in loops},
-    }
-
-
-def _row(name: str, result: dict) -> dict[str, str]:
-    tokens, means = result["tokens_per_example"], {k: np.mean(v) for k, v in result["dev_metric"].items()}
-    rates = {
-        f"{loop}, examples/s": f"{found['median']:.1f} ({found['min']:.1f} to {found['max']:.1f})"
-        for loop, found in result["examples_per_second"].items()
-    }
-    return {
-        "task": name,
-        **rates,
-        "ratio": f"{result['ratio']:.2f}",
-        "tokens of an example": f"{tokens['ours']:.0f} / {tokens['plain']:.0f}",
-        "metric on dev": result["metric"],
-        **{loop: f"{100 * mean:.1f}" for loop, mean in means.items()},
     }

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from common.run.figures import drawn
+from scripts.lib.benchmark import tables
 from scripts.lib.benchmark.method import GLUE, Case, parts, svd_in_every_step
 from scripts.lib.benchmark.timing import medians, summaries, write
 
@@ -21,7 +22,7 @@ _LABELS = {
 
 
 def run(folder: Path, quick: bool) -> str:
-    """Seconds of the parts along four lines; writes growth.json, .png and .svg, returns their place."""
+    """Seconds of the parts along four lines; writes growth.json, .png and .svg, returns the table."""
     repeats, shrink, ranks = (1, 8, (1, 8, 64)) if quick else (5, 1, (4, 16, 64, 256, 512))
     lines = {
         "size": {n // shrink: _seconds(n // shrink, 4, 32, repeats) for n in (128, 256, 512, 768, 1024)},
@@ -29,9 +30,10 @@ def run(folder: Path, quick: bool) -> str:
         "pairs": {count: _seconds(256 // shrink, count, 32, repeats) for count in (1, 4, 16, 36)},
         "processes": {count: _seconds_with_ranks(count, 512 // shrink, 8, repeats) for count in (1, 2)},
     }
-    path = write("growth", {"unit": "median seconds", "lines": lines}, folder)
+    found = {"unit": "median seconds", "lines": lines}
+    path = write("growth", found, folder)
     _plot(lines, folder)
-    return str(path)
+    return f"{tables.growth(found)}\n\n{path}"
 
 
 def _seconds(n: int, count: int, rank: int, repeats: int, rival: bool = True) -> dict[str, float]:

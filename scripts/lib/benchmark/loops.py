@@ -17,7 +17,8 @@ from cv.data import Augment, DataSets, EpochLoader, ImageSet, load_dataset
 from cv.methods import build_distiller
 from cv.methods.kd import kd_loss
 from cv.models import build_model
-from scripts.lib.benchmark.timing import columns, interleaved, summary, table, write
+from scripts.lib.benchmark import tables
+from scripts.lib.benchmark.timing import interleaved, summary, write
 
 RECIPE = "configs/cifar100/kd/res56_res20.yaml"
 LOOPS = ("ours", "plain")
@@ -134,8 +135,8 @@ def _peak_memory(loop: str, precision: str, batch: int, steps: int, images: int)
 
 def run(folder: Path, quick: bool, root: str) -> str:
     """KD of ResNet20 from ResNet56 at batch 64 in both precisions; returns the table."""
-    data = load_dataset("cifar100", root)
     batch, steps, images = (8, 1, 64) if quick else (64, 20, CIFAR_IMAGES)
+    data = random_images(images) if root == "random" else load_dataset("cifar100", root)
     loops = {(loop, precision): build(loop, data, batch, precision) for precision in PRECISIONS for loop in LOOPS}
     seconds = interleaved({key: partial(loop.run, steps) for key, loop in loops.items()}, 1 if quick else 7)
     rates = {key: summary([steps * batch / value for value in values]) for key, values in seconds.items()}
@@ -148,15 +149,7 @@ def run(folder: Path, quick: bool, root: str) -> str:
         }
         for precision in PRECISIONS
     }
-    path = write("cv", {"case": f"KD, ResNet56 -> ResNet20, batch {batch}", "precisions": results}, folder)
-    rows = [
-        {
-            "loop": loop,
-            "precision": precision,
-            **columns("images/s", rates[loop, precision], 0),
-            "ratio to plain": f"{results[precision]['ratio']:.2f}" if loop == "ours" else "",
-            "peak memory, MB": f"{memory[loop, precision] / 1e6:.0f}",
-        }
-        for loop, precision in loops
-    ]
-    return f"{table(rows)}\n\n{path}"
+    case = f"KD, ResNet56 -> ResNet20, batch {batch}" + ", random images" * (root == "random")
+    found = {"case": case, "precisions": results}
+    path = write("cv", found, folder)
+    return f"{tables.cv(found)}\n\n{path}"

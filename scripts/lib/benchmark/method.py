@@ -18,8 +18,9 @@ from cv.models import build_model
 from dskd import DirectionSensitivityLoss, pair_weights
 from dskd.groups import Pairs
 from dskd.matrices import DRIVERS
+from scripts.lib.benchmark import tables
 from scripts.lib.benchmark.loops import OurLoop, random_images
-from scripts.lib.benchmark.timing import medians, summaries, table, write
+from scripts.lib.benchmark.timing import medians, summaries, write
 
 # the defaults of the two programs, by the settings' names
 GLUE = by_name({setting.dest: setting.glue for setting in SETTINGS})
@@ -153,20 +154,9 @@ def run(folder: Path, quick: bool) -> str:
         results = [measure(tiny, 1), measure(resnet_case(4), 2)]
     else:
         results = [measure(bert_case(32, 128, device), 3), measure(resnet_case(64), 20)]
-    path = write("method", {"results": results}, folder)
-    rows = [
-        {
-            "recipe": result["case"],
-            "training step, s": f"{result['seconds']['step']['median']:.4g}",
-            "DSKD, s a step": f"{result['dskd_seconds_per_step']:.3g}",
-            "share": f"{100 * result['share_of_step']:.2f}%",
-            "SVD in every step / DSKD": f"{result['per_step_svd_over_dskd']:.0f}x",
-            "extra copies of the matched weights: kept": f"{result['kept_copies_of_matched_weights']:.2f}",
-            "at a refresh": f"{result['copies_at_the_peak_of_a_refresh']:.2f}",
-        }
-        for result in results
-    ]
-    return f"{table(rows)}\n\n{path}"
+    found = {"results": results}
+    path = write("method", found, folder)
+    return f"{tables.method(found)}\n\n{path}"
 
 
 def run_curvature(folder: Path, quick: bool) -> str:
@@ -181,11 +171,9 @@ def run_curvature(folder: Path, quick: bool) -> str:
     typical = medians(seconds)
     share, share_rarer = (cost_per_step(typical, settings) / typical["step"] for settings in (often, rarer))
     shares = {"share_of_step": share, "share_of_step_svd_steps_4_grad_steps_2": share_rarer}
-    path = write("curvature", {"case": case.name, "seconds": seconds, **shares}, folder)
-    names = {"step": "training step", "choose directions": "curvature", "expand": "gradient", "held": "held loss"}
-    row = {"recipe": case.name, **{f"{names[name]}, s": f"{median:.3g}" for name, median in typical.items()}}
-    row |= {"share": f"{100 * share:.2f}%", "share, curvature every 4 steps": f"{100 * share_rarer:.2f}%"}
-    return f"{table([row])}\n\n{path}"
+    found = {"case": case.name, "seconds": seconds, **shares}
+    path = write("curvature", found, folder)
+    return f"{tables.curvature(found)}\n\n{path}"
 
 
 def _peak_of_a_refresh(case: Case) -> int:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from common import ROOT
 from common.run.errors import UserError
-from scripts.lib.benchmark.timing import columns, summaries, table, write
+from scripts.lib.benchmark import tables
+from scripts.lib.benchmark.timing import summaries, write
 
 NLP, CV = "nlp/BERT-of-Theseus/run_glue_SVD_losslayer.py", "cv/train_svd.py"
 # what the transformers example for GLUE imports before it reads its arguments
@@ -43,9 +44,9 @@ def run(folder: Path, quick: bool) -> str:
     works[first] = lambda: _first_step(commands[first])
     results = summaries(works, 1 if quick else 7, warmup=0 if quick else 1)
     named = {name: " ".join(["python", *words]) for name, words in commands.items()}
-    path = write("startup", {"seconds": results, "commands": named}, folder)
-    rows = [{"command": name, **columns("seconds", result, 2)} for name, result in results.items()]
-    return f"{table(rows)}\n\n{path}"
+    found = {"seconds": results, "commands": named}
+    path = write("startup", found, folder)
+    return f"{tables.startup(found)}\n\n{path}"
 
 
 def _first_step(words: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Interleaved timing of alternatives, and the file and table that come of it."""
+"""Interleaved timing of alternatives, and the file that comes of it."""
 
 import statistics
 import time
@@ -44,22 +44,9 @@ def medians(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {name: values["median"] for name, values in seconds.items()}
 
 
-def columns(unit: str, values: Mapping[str, float], digits: int) -> dict[str, str]:
-    """A summary as cells of a table."""
-    median, lowest, highest = (f"{values[key]:.{digits}f}" for key in ("median", "min", "max"))
-    return {f"{unit}, median": median, "lowest to highest": f"{lowest} to {highest}"}
-
-
 def write(name: str, results: dict, folder: Path) -> Path:
     """results/benchmark/<name>.json with the device, threads, versions and revision beside the figures."""
     path = folder / f"{name}.json"
     where = {"device": device_name(), "versions": versions(), "git_revision": git_revision()}
     write_json(path, {**where, **results})
     return path
-
-
-def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """A Markdown table."""
-    head = list(rows[0])
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
