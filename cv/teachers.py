@@ -234,3 +234,8 @@ def _fill(network: LibraryNetwork, found: dict[str, Tensor], where: str, name: s
             raise UserError(f"{where} is not a {name}: {key} is {theirs} in it, {ours} in the network")
     network.net.load_state_dict({**found, **{key: expected[key] for key in left}})
     return bool(left)
+
+
+def names_of_teachers(cfg: CfgNode, between: str) -> str:
+    """Of the one that is distilled, or of all of them."""
+    return cfg.DISTILLER.TEACHER or between.join(cfg.DISTILLER.TEACHERS)

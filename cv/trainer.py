@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,23 +26,19 @@ from common.run.record import RunRecord
 from common.run.restarts import start_group
 from common.run.stopping import Request, Stopped, stop_requests
 from cv import checkpoint
-from cv.blocks import copy_from_teacher
+from cv.assembly import Built, build, tested_on
 from cv.config import as_dict, repository_path
 from cv.data import DataSets, EpochLoader, load_dataset
 from cv.data.cache import DECODED
-from cv.data.memory import memory_errors, memory_is_short
+from cv.data.memory import memory_errors
 from cv.determinism import kernels
-from cv.dskd import build_dskd, layer_map, layer_pairs
+from cv.dskd import build_dskd
 from cv.export import check_onnx_packages, export_onnx, load_model, save_model
-from cv.methods import METHODS, Distiller, build_distiller
-from cv.models import build_model
-from cv.normalisation import Normalisation, Renormalise, change_of_images
+from cv.normalisation import Normalisation
 from cv.output import BEFORE, CHECKPOINT, WRITTEN, RunFolder
-from cv.regularisers import StartingPoint, averaged, freeze
-from cv.reporting import baseline, cost, next_steps, summary, warnings_before
-from cv.sync_bn import synchronise
-from cv.teachers import Teacher, each_teacher, find_teacher, load_student, load_teacher
-from dskd.groups import Pairs
+from cv.regularisers import StartingPoint
+from cv.reporting import baseline, cost, next_steps, summary
+from cv.teachers import each_teacher, find_teacher, names_of_teachers
 
 EVALUATION_BATCH = 500
 # a signal that stops several processes is seen by one of them first: so many steps lie between their agreements
@@ -101,7 +97,7 @@ def _train(
         cache=output.path.parent / DECODED,
     )
     set_seed(solver.SEED)
-    built = _build(cfg, data, accelerator)
+    built = build(cfg, data, accelerator)
     if overwrite and built.teachers:
         for each in each_teacher(cfg):
             _check_teacher_stays(find_teacher(each), output.path)
@@ -121,15 +117,11 @@ def output_folder(cfg: CfgNode) -> Path:
     if distiller.TYPE == "vanilla" and not cfg.DSKD.ENABLED:
         name = f"vanilla_{distiller.STUDENT}"
     else:
-        name = f"{distiller.TYPE}_{_names_of_teachers(cfg, '+')}_{distiller.STUDENT}" + (
+        name = f"{distiller.TYPE}_{names_of_teachers(cfg, '+')}_{distiller.STUDENT}" + (
             "_dskd" if cfg.DSKD.ENABLED else ""
         )
     name += "_from_teacher" if distiller.START == "teacher" else ""
     return ROOT / "outputs" / cfg.DATASET.NAME / name / f"seed{cfg.SOLVER.SEED}"
-
-
-def _names_of_teachers(cfg: CfgNode, between: str) -> str:
-    return cfg.DISTILLER.TEACHER or between.join(cfg.DISTILLER.TEACHERS)
 
 
 def evaluate(model: nn.Module, loader: EpochLoader) -> tuple[dict[str, float], np.ndarray]:
@@ -175,17 +167,8 @@ class _Progress:
         return max(self.history, key=lambda scores: scores["top1"])
 
 
-class _Built(NamedTuple):
-    """What `_build` makes of the settings; `normalisation` is that of the student's images."""
-
-    distiller: Distiller
-    pairs: Pairs
-    teachers: list[Teacher]
-    normalisation: Normalisation
-
-
 class _Run:
-    def __init__(self, cfg: CfgNode, output: RunFolder, accelerator: Accelerator, data: DataSets, built: _Built):
+    def __init__(self, cfg: CfgNode, output: RunFolder, accelerator: Accelerator, data: DataSets, built: Built):
         self.cfg, self.output, self.folder, self.accelerator, self.data = cfg, output, output.path, accelerator, data
         self.distiller, self.pairs, self.teachers, self.normalisation = built
         distiller, pairs = self.distiller, self.pairs
@@ -269,7 +252,7 @@ class _Run:
         """The scores in percent; which classes are mixed up is written beside the record."""
         scores, cells = evaluate(self.student, self.test_loader)
         names = self.data.classes or [str(i) for i in range(self.data.test.num_classes)]
-        confusion = Confusion(tuple(names), cells, self.progress.step, _tested_on(self.cfg))
+        confusion = Confusion(tuple(names), cells, self.progress.step, tested_on(self.cfg))
         write_confusion(self.folder, confusion)
         return scores | {name: 100 * value for name, value in confusion.scores().items()}
 
@@ -476,12 +459,12 @@ class _Run:
             task=cfg.DATASET.NAME,
             method=cfg.DISTILLER.TYPE,
             dskd=as_dict(cfg.DSKD) if cfg.DSKD.ENABLED else None,
-            teacher=_names_of_teachers(cfg, ", ") or None,
+            teacher=names_of_teachers(cfg, ", ") or None,
             teacher_sha256=self.teacher_sha256,
             student=cfg.DISTILLER.STUDENT,
             seed=cfg.SOLVER.SEED,
             metric="top1",
-            tested_on=_tested_on(cfg),
+            tested_on=tested_on(cfg),
             last=last["top1"],
             best=best["top1"],
             last_top5=last["top5"],
@@ -516,96 +499,3 @@ class _Run:
 def _check_teacher_stays(teacher: Path, folder: Path) -> None:
     if any(teacher.resolve().is_relative_to((folder / name).resolve()) for name in WRITTEN):
         raise UserError(f"--overwrite would remove the teacher, {teacher}; give another OUTPUT_DIR")
-
-
-def _build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> _Built:
-    """The method with its networks on the device, DSKD's pairs, the teachers; prints what distils what."""
-    classes, channels = data.train.num_classes, data.train.images.shape[1]
-    student = build_model(cfg.DISTILLER.STUDENT, classes, channels)
-    start = load_student(cfg, student)
-    _check_images(cfg, student, tuple(data.train.images.shape[1:]))
-    method = METHODS[cfg.DISTILLER.TYPE]
-    teachers: list[Teacher] = []
-    copied = cfg.DISTILLER.START == "teacher"
-    if method.needs_teacher or cfg.DSKD.ENABLED or copied:
-        by_class = method.needs_teacher and method.compares_classes
-        for each in each_teacher(cfg):
-            teachers.append(load_teacher(each, classes, channels, data.classes, by_class=by_class))
-    first, *more = [each.network for each in teachers] or [None]
-    of_data = Normalisation(data.mean, data.std)
-    of_student = start.normalisation or of_data
-    if copied:
-        copy_from_teacher(student, first)
-        of_student = teachers[0].normalisation or of_student
-    freeze(student, cfg.DISTILLER.FREEZE)
-    block = cfg.DISTILLER.TYPE.upper()
-    distiller = build_distiller(
-        cfg.DISTILLER.TYPE,
-        student,
-        first,
-        cfg.get(block, CfgNode()),
-        num_classes=classes,
-        image_shape=tuple(data.train.images.shape[1:]),
-        num_train=len(data.train),
-        more_teachers=more,
-        teacher_images=[change_of_images(of_student, each.normalisation or of_data) for each in teachers],
-    ).to(accelerator.device)
-    if cfg.SOLVER.EMA:
-        distiller.average = averaged(student, cfg.SOLVER.EMA)
-    if cfg.SOLVER.CHANNELS_LAST:
-        distiller.to(memory_format=torch.channels_last)
-    notes = (*start.notes, *(note for each in teachers for note in each.notes))
-    for each, change in zip(teachers, distiller.teacher_images, strict=False):
-        if isinstance(change, Renormalise) and method.needs_teacher:
-            notes += (f"the teacher's images are normalised as those that it was trained on: {each.normalisation}",)
-    pairs = layer_pairs(student, first, cfg.DSKD) if cfg.DSKD.ENABLED else []
-    if cfg.SOLVER.SYNC_BN and accelerator.num_processes > 1:
-        synchronise(distiller)
-    if cfg.SOLVER.COMPILE:
-        for network in filter(None, (student, first, *more)):
-            network.features = torch.compile(network.features)
-    if accelerator.is_main_process:
-        _announce(cfg, data, distiller, pairs, " and ".join(each.line for each in teachers), notes)
-    return _Built(distiller, pairs, teachers, of_student)
-
-
-@torch.no_grad()
-def _check_images(cfg: CfgNode, student: nn.Module, shape: tuple[int, ...]) -> None:
-    try:
-        student.eval()(torch.zeros(1, *shape))
-    except (RuntimeError, AssertionError) as error:  # timm's transformers assert their size
-        if memory_is_short(error):
-            raise
-        size = "x".join(map(str, shape[1:]))
-        raise UserError(
-            f"{cfg.DISTILLER.STUDENT} cannot take images of {size} pixels; set a larger DATASET.IMAGE_SIZE"
-            + ("" if isinstance(error, RuntimeError) else f" ({error})")
-        ) from None
-    student.train()
-
-
-def _tested_on(cfg: CfgNode) -> str:
-    return "held-out training images" if cfg.DATASET.HELD_OUT else "test images"
-
-
-def _announce(
-    cfg: CfgNode, data: DataSets, distiller: Distiller, pairs: Pairs, source: str, notes: tuple[str, ...]
-) -> None:
-    teacher = f" from {source}" if source else ""
-    teacher += ", started as a copy of its blocks" if cfg.DISTILLER.START == "teacher" else ""
-    print(
-        f"{cfg.DATASET.NAME}: {len(data.train)} training and {len(data.test)} {_tested_on(cfg)}, "
-        f"{data.train.num_classes} classes\n{cfg.DISTILLER.STUDENT}{teacher} by {cfg.DISTILLER.TYPE}",
-        flush=True,
-    )
-    for note in (*data.notes, *notes, *distiller.notes):
-        print(f"note: {note}", flush=True)
-    if cfg.DSKD.ENABLED:
-        names = layer_map(distiller.student, distiller.teacher, cfg.DSKD)
-        kept = {name for name, _, _ in pairs}
-        rows = "\n".join(
-            f"  {ours} <- {theirs}" + ("" if ours in kept else " (left out: shapes differ)") for ours, theirs in names
-        )
-        print(f"DSKD, lambda {cfg.DSKD.LAMBDA:g}, {cfg.DSKD.BASIS} directions:\n{rows}", flush=True)
-    for warning in warnings_before(cfg, data):
-        print(f"warning: {warning}", flush=True)

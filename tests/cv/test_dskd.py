@@ -13,6 +13,7 @@ from cv_fixtures import (
 from safetensors.torch import load_file
 from torch import nn
 
+import cv.assembly
 import cv.trainer
 from common import ROOT
 from common.run.errors import UserError
@@ -241,7 +242,7 @@ def test_dskd_falls_and_leaves_the_teacher_alone(tmp_path, teacher, monkeypatch)
         teachers.append(load_teacher(*args, **how))
         return teachers[0]
 
-    monkeypatch.setattr(cv.trainer, "load_teacher", load)
+    monkeypatch.setattr(cv.assembly, "load_teacher", load)
     run = short_run(tmp_path, teacher, "SOLVER.EPOCHS 2 DSKD.ENABLED true DSKD.SVD_STEPS 3 DSKD.LAMBDA 1")
     values = column(run, "dskd_loss")
     assert values[2] < values[1] < values[0]  # one and the same loss up to the first choice of directions
