@@ -98,7 +98,7 @@ def cv(results: Results) -> str:
     """Images per second and memory of both loops."""
     rows = []
     for precision, result in results["precisions"].items():
-        rates = {f"{loop}, images/s": _spread(found, 0) for loop, found in result["images_per_second"].items()}
+        rates = {f"{loop}, images a second": _spread(found, 0) for loop, found in result["images_per_second"].items()}
         memory = {f"{loop}, MB": f"{size / 1e6:.0f}" for loop, size in result["peak_memory_bytes"].items()}
         rows.append({"precision": precision, **rates, "ours / plain": f"{result['ratio']:.2f}", **memory})
     return table(rows)
@@ -108,7 +108,8 @@ def nlp(results: Results) -> str:
     """Examples per second and metric of both loops."""
     rows = []
     for task, result in results["tasks"].items():
-        rates = {f"{loop}, examples/s": _spread(found, 1) for loop, found in result["examples_per_second"].items()}
+        measured = result["examples_per_second"].items()
+        rates = {f"{loop}, examples a second": _spread(found, 1) for loop, found in measured}
         tokens = f"{result['tokens_per_example']['ours']:.0f}"
         metrics = {f"{loop}, metric": f"{100 * sum(x) / len(x):.1f}" for loop, x in result["dev_metric"].items()}
         rows.append(
