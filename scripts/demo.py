@@ -29,6 +29,7 @@ FEW = {  # name -> what it is, words after --cfg
     "few_kd": ("KD", ("configs/demo/few.yaml",)),
     "few_dskd": ("KD + DSKD (curvature)", ("configs/demo/few_dskd.yaml",)),
     "few_l2": ("KD + L2 towards the teacher", ("configs/demo/few_dskd.yaml", "DSKD.DIRECTION", "plain")),
+    "few_maps": ("PRACTISE", ("configs/demo/few.yaml", "DISTILLER.TYPE", "practise", "PRACTISE.MAP_WEIGHT", 10)),
 }
 IMAGES = {
     "kd": ("KD", ("configs/demo/kd.yaml",)),
@@ -78,9 +79,9 @@ def main() -> None:
     run_all((images, [*few, *many]), (sentences, compressed))
 
     parts = [
-        Part("few", "Few images from a teacher: ResNet8, copied from its blocks, 20 digits a seed",
+        Part("few", "Few images from a teacher: ResNet8, copied from its blocks, 20 images of digits a seed",
              "ResNet20, the teacher", images, {label: of_kind(few, name) for name, (label, _) in FEW.items()}),
-        Part("images", "Images, the paper's method: ResNet8 from random weights, 150 digits",
+        Part("images", "Images, the paper's method: ResNet8 from random weights, 150 images of digits",
              "ResNet20, the teacher", images, {label: of_kind(many, name) for name, (label, _) in kinds.items()}),
         Part("text", "Text, the paper's method: an encoder of 6 layers to 3",
              "6 layers, the teacher", sentences,
