@@ -171,7 +171,7 @@ def draw(lines: Sequence[Line], folder: Path, name: str = "forest", unit: str = 
             _draw_line(axis, place, line, limit, *style)
         axis.axvline(0, color="0.3", linewidth=0.8, zorder=0)
         axis.set(xlim=(-limit, limit), ylim=(y - 0.6, -0.8))
-        axis.set_xlabel(f"{unit}, mean and 95% CI; better to the right; in brackets: seeds")
+        axis.set_xlabel(f"{unit}, mean and 95% CI; better to the right; in brackets: paired seeds, or teachers")
         axis.set_yticks([place for place, _ in places], [f"{plain(line.label)} ({line.pairs})" for line in lines])
         beside = {"xycoords": ("figure fraction", "data"), "xytext": (6, 0), "textcoords": "offset points"}
         for place, group in headings:
