@@ -1,5 +1,6 @@
 """examples/heal_causal_lm.py on a tiny model: what it prints, and a student that needs none of our code."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -48,16 +49,31 @@ def run(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
 
 
-def heal(material, output, words: str) -> dict[str, float]:
-    """The perplexities."""
-    flags = f"--model {material}/model --text {material}/text.txt --length 8 --tokens 400 --drop 2 --output {output}"
-    done = run(str(HEALING), *flags.split(), *words.split())
-    assert done.returncode == 0, done.stderr
-    return {name: float(value) for name, value in LINE.findall(done.stdout)}
+@pytest.fixture(scope="module")
+def program():
+    spec = importlib.util.spec_from_file_location("heal_causal_lm", HEALING)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_student_is_healed_and_a_plain_model(material, tmp_path):
-    found = heal(material, tmp_path / "student", "--steps 30 --lr 3e-2 --by influence")
+@pytest.fixture
+def heal(program, material, monkeypatch, capsys):
+    """Runs the program in this process; gives the perplexities."""
+
+    def heal(output, words: str) -> dict[str, float]:
+        flags = (
+            f"--model {material}/model --text {material}/text.txt --length 8 --tokens 400 --drop 2 --output {output}"
+        )
+        monkeypatch.setattr(sys, "argv", [str(HEALING), *flags.split(), *words.split()])
+        program.main()
+        return {name: float(value) for name, value in LINE.findall(capsys.readouterr().out)}
+
+    return heal
+
+
+def test_the_student_is_healed_and_a_plain_model(heal, tmp_path):
+    found = heal(tmp_path / "student", "--steps 30 --lr 3e-2 --by influence")
     assert list(found) == ["teacher", "pruned", "healed"]
     assert found["healed"] < found["pruned"]
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
@@ -76,14 +92,16 @@ def way(material, folder) -> float:
     return sum(gap.detach().square().sum().item() for gap in gaps) ** 0.5
 
 
-def test_every_anchor_holds_the_layers_near_the_teachers(material, tmp_path):
-    heal(material, tmp_path / "free", "--steps 12 --lr 1e-2")
+def test_every_anchor_holds_the_layers_near_the_teachers(material, heal, tmp_path):
+    heal(tmp_path / "free", "--steps 12 --lr 1e-2")
     free = way(material, tmp_path / "free")
     for anchor in ("curvature", "l2sp", "ewc", "own"):
-        heal(material, tmp_path / anchor, f"--steps 12 --lr 1e-2 --weight 5000 --decoupled --anchor {anchor}")
+        heal(tmp_path / anchor, f"--steps 12 --lr 1e-2 --weight 5000 --decoupled --anchor {anchor}")
         assert 0 < way(material, tmp_path / anchor) < 0.8 * free, anchor
 
 
-def test_without_a_model_it_says_what_is_missing(tmp_path):
-    done = run(str(HEALING), "--output", str(tmp_path))
-    assert (done.returncode, done.stderr.splitlines()[-1].split("error: ")[-1]) == (2, "give --model or --smollm2")
+def test_without_a_model_it_says_what_is_missing(program, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(HEALING)])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert (ended.value.code, capsys.readouterr().err.split("error: ")[-1]) == (2, "give --model or --smollm2\n")
