@@ -7,7 +7,7 @@ setup: .venv/current  ## make .venv with the tested versions; nothing to do when
 
 .venv/current: requirements.txt setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-compile -r requirements.txt
 	$(BIN)/pip install --quiet --no-deps -e .
 	touch $@
 

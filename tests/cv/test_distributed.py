@@ -171,14 +171,12 @@ def launch(settings: list[str], count: int = 2) -> subprocess.CompletedProcess:
     return launched.launch(launched.VISION, words_of(settings), f"--nproc_per_node={count}")
 
 
-@pytest.mark.parametrize("method", ["kd", "fitnet"])
-def test_two_processes_with_common_statistics_train_as_one(tmp_path, method):
+def test_two_processes_with_common_statistics_train_as_one(tmp_path):
     teacher = save_teacher(tmp_path / "teacher")
-    settings = f"DISTILLER.TYPE {method} SOLVER.EPOCHS 2 SOLVER.LR 0.005 DISTILLER.TEACHER_CKPT {teacher}".split()
+    settings = f"DISTILLER.TYPE fitnet SOLVER.EPOCHS 2 SOLVER.LR 0.005 DISTILLER.TEACHER_CKPT {teacher}".split()
     settings += ["DSKD.ENABLED", "true", "DSKD.SVD_STEPS", "4", "DSKD.GRAD_STEPS", "2", "OUTPUT_DIR"]
     runs = {}
-    launches = {"one": (1, "true"), "synced": (2, "true"), **({"apart": (2, "false")} if method == "kd" else {})}
-    for name, (count, sync) in launches.items():
+    for name, count, sync in (("one", 1, "true"), ("synced", 2, "true"), ("apart", 2, "false")):
         done = launch([*settings, str(tmp_path / name), "SOLVER.SYNC_BN", sync], count)
         assert done.returncode == 0, done.stderr[-2000:]
         runs[name] = read_run(tmp_path / name).weights
@@ -189,8 +187,7 @@ def test_two_processes_with_common_statistics_train_as_one(tmp_path, method):
         return max(float((ours - theirs).norm() / theirs.norm().clamp(min=1e-3)) for ours, theirs in pairs)
 
     assert distance("synced") < 1e-4
-    if method == "kd":
-        assert distance("apart") > 0.05
+    assert distance("apart") > 0.05
 
 
 def test_a_users_error_is_said_once(tmp_path):

@@ -197,7 +197,7 @@ def worker(rank: int, folder: str) -> None:
         assert trainer.args.world_size == 2
         torch.save(student.state_dict(), f"{folder}/{kind}{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # what the Trainer still holds of gloo can abort an orderly exit ("terminate called", seen once)
 
 
 def test_two_processes_train_as_one(tmp_path, monkeypatch):
