@@ -160,23 +160,15 @@ class ShuffledFactors(Control):
 
 
 @dataclass(frozen=True, repr=False)
-class DiagonalFisher(Reading):
+class DiagonalFisher(Curvature):
     """EWC (Kirkpatrick et al., PNAS 2017) on paired weights: L = (s / r) sum F D^2, D = W_s - W_t, r = min(m, n).
 
     F is a running mean of the squared gradients of single entries, as `Curvature` keeps one of the gradients' products;
     the factor s = ||D|| / ||F D|| is a constant and gives the gradient the norm of that of ||D||^2 / r, as there. The
     Fisher matrix is the empirical one of whole batches (Ritter, Botev & Barber, NeurIPS 2018, compare the two forms).
 
-    Args:
-        memory: share of the former F that stays when a gradient is added.
+    Args and errors are those of `Curvature`.
     """
-
-    memory: float = 0.95
-    gradual = True
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.memory < 1.0:
-            raise ValueError(f"memory must lie in [0, 1), got {self.memory}")
 
     def start(self, student_mn: Tensor) -> State:
         return {"fisher": torch.ones_like(student_mn)}
