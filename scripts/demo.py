@@ -92,10 +92,8 @@ def main() -> None:
     print("\n" + "\n".join(said))
     minutes, busy = (time.perf_counter() - start) / 60, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime / 60
     print(f"{minutes:.1f} minutes, {busy:.1f} of CPU; plot: {shown(args.output_dir / 'demo.png')}")
-    print(
-        "Small, short runs, with settings that were not tuned on them. On digits, L2 towards the teacher and PRACTISE do"
-    )
-    print("as well as the anchor (curvature); README.md says what larger runs found.")
+    print("Small, short runs, with settings that were not tuned on them. On digits, L2 towards the teacher and")
+    print("PRACTISE do as well as the anchor (curvature); README.md says what larger runs found.")
 
 
 def run_all(*groups: tuple[list[Run], list[Run]]) -> None:
