@@ -141,6 +141,20 @@ SETTINGS = (
         part="reading",
         bases=_CHOOSING,
     ),
+    Setting(
+        *("memory", "--memory", "MEMORY", 0.95, 0.95, Number(float, 0, 0.9999)),
+        "share of curvature's mean products that stays when a gradient is added; 0.95 to the power of SVD_STEPS "
+        "remembers as many steps whatever SVD_STEPS is",
+        part="reading",
+        bases=("curvature",),
+    ),
+    Setting(
+        *("factors", "--factors", "FACTORS", "full", "full", ("full", "diagonal")),
+        "full, both mean products of curvature, m^2 + n^2 numbers for m x n weights; diagonal, of the larger one the "
+        "diagonal alone",
+        part="reading",
+        bases=("curvature",),
+    ),
 )
 
 
@@ -174,6 +188,7 @@ def conflicts(values: Mapping[str, Any]) -> Iterator[Conflict]:
             yield Conflict("control", ("basis", "curvature"), needs=True)
         elif score != "sensitivity":
             yield Conflict("score", ("control", control), ("sensitivity",))
+        yield Conflict("factors", ("control", control))
 
 
 def by_name(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def build_reading(values: Mapping[str, Any], seed: int) -> Reading:
     basis, control, score = values["basis"], values["control"], values["score"]
     reading: Reading
     if control == "ewc":
-        reading = DiagonalFisher()
+        reading = DiagonalFisher(values["memory"])
     elif basis == "curvature":
         curvature = Curvature(**_part("reading", values))
         reading = ShuffledFactors(curvature, seed) if score == "random" else curvature

@@ -156,6 +156,8 @@ class ShuffledFactors(Control):
             return factors
         generators = [_generator(self.seed + (side == "right"), teacher) for teacher in teachers]
         order = torch.stack([torch.randperm(factors.shape[-1], generator=g) for g in generators]).to(factors.device)
+        if factors.ndim == 2:  # diagonals
+            return factors.gather(-1, order)
         return columns(columns(factors, order).mT, order)
 
 
@@ -167,8 +169,17 @@ class DiagonalFisher(Curvature):
     the factor s = ||D|| / ||F D|| is a constant and gives the gradient the norm of that of ||D||^2 / r, as there. The
     Fisher matrix is the empirical one of whole batches (Ritter, Botev & Barber, NeurIPS 2018, compare the two forms).
 
-    Args and errors are those of `Curvature`.
+    Args:
+        memory: as of `Curvature`.
+
+    Raises:
+        ValueError: memory outside [0, 1), factors.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.factors != "full":
+            raise ValueError("DiagonalFisher has a mean for every entry and no factors; leave factors as it is")
 
     def start(self, student_mn: Tensor) -> State:
         return {"fisher": torch.ones_like(student_mn)}

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..matrices import unit_scale
 from .reading import Reading, State
 
+FACTORS = ("full", "diagonal")
+
 
 @dataclass(frozen=True, repr=False)
 class Curvature(Reading):
@@ -23,30 +25,44 @@ class Curvature(Reading):
     lambda means the same whatever the curvature's scale. Until the first choice A and B are identities.
 
     Args:
-        memory: share of the former factors that stays when a gradient is added: 0.95 is a mean over about 20.
+        memory: share of the former factors that stays when a gradient is added: 0.95 is a mean over about 20. With a
+            gradient every k-th step (svd_steps k), 0.95**k remembers as many steps.
+        factors: "full", m^2 + n^2 numbers a matrix, or "diagonal", which keeps no more than the diagonal of the larger
+            factor: about min(m, n)^2 numbers. A square matrix has two full ones in both cases.
 
     Raises:
-        ValueError: memory outside [0, 1).
+        ValueError: memory outside [0, 1), unknown factors.
     """
 
     memory: float = 0.95
+    factors: str = "full"
     gradual = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.memory < 1.0:
             raise ValueError(f"memory must lie in [0, 1), got {self.memory}")
+        if self.factors not in FACTORS:
+            raise ValueError(f"factors must be one of {', '.join(FACTORS)}, got {self.factors!r}")
 
     def start(self, student_mn: Tensor) -> State:
-        return {"left": _identities(student_mn, -2), "right": _identities(student_mn, -1)}
+        m, n = student_mn.shape[-2:]
+        diagonal = self.factors == "diagonal"
+        sides = {"left": (m, diagonal and m > n), "right": (n, diagonal and n > m)}
+        return {side: _identities(student_mn, size, thin) for side, (size, thin) in sides.items()}
 
     def choose(self, update_mn: Tensor, gradient_mn: Tensor, progress: float, chosen: State) -> State:
-        """The factors `left` (rows, m, m) and `right` (rows, n, n) with one gradient more in their running means."""
+        """The factors `left` (rows, m, m) and `right` (rows, n, n) with one gradient more in their running means.
+
+        A diagonal is (rows, m) or (rows, n).
+        """
         left, right = add_curvature(chosen["left"], chosen["right"], gradient_mn, 1.0 - self.memory)
         return {"left": left, "right": right}
 
     def value_and_gradient(self, student_mn: Tensor, target: State, chosen: State) -> tuple[Tensor, Tensor]:
         gap_mn = student_mn - target["teacher"]
-        pull_mn = chosen["left"] @ gap_mn @ chosen["right"]
+        left, right = chosen["left"], chosen["right"]
+        half_mn = left @ gap_mn if left.ndim == 3 else left.unsqueeze(-1) * gap_mn
+        pull_mn = half_mn @ right if right.ndim == 3 else half_mn * right.unsqueeze(-2)
         gap, pull = (torch.linalg.matrix_norm(matrix) for matrix in (gap_mn, pull_mn))
         scale = gap / torch.where(pull > 0, pull, 1.0) / min(gap_mn.shape[-2:])
         return scale * (gap_mn * pull_mn).sum((-2, -1)), pull_mn * (2 * scale)[..., None, None]
@@ -58,17 +74,17 @@ class Curvature(Reading):
         return eigenvalues.flip(-1).clamp(min=0) / smaller.shape[-1]
 
 
-def _identities(matrix_mn: Tensor, side: int) -> Tensor:
-    size = matrix_mn.shape[side]
-    eye = torch.eye(size, dtype=matrix_mn.dtype, device=matrix_mn.device)
-    return eye.expand(len(matrix_mn), size, size)
+def _identities(matrix_mn: Tensor, size: int, thin: bool) -> Tensor:
+    one = matrix_mn.new_ones(size)
+    one = one if thin else one.diag()
+    return one.expand(len(matrix_mn), *one.shape)
 
 
 def add_curvature(left: Tensor, right: Tensor, grad: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Running means of G G^T and G^T G, each scaled to a mean eigenvalue of 1 (method.md, `curvature`).
 
     Args:
-        left, right: (pairs, m, m) and (pairs, n, n), the means so far.
+        left, right: (pairs, m, m) and (pairs, n, n), the means so far, or (pairs, m) and (pairs, n), their diagonals.
         grad: (pairs, m, n), finite; a zero gradient adds zeros.
         share: of the new products in the means, in (0, 1].
 
@@ -78,8 +94,11 @@ def add_curvature(left: Tensor, right: Tensor, grad: Tensor, share: float) -> tu
     grad_mn, _ = unit_scale(grad)
     total = grad_mn.square().sum((-2, -1), keepdim=True)
     unit_mn = grad_mn / torch.where(total > 0, total, 1.0).sqrt()
-    m, n = grad.shape[-2:]
-    return (
-        torch.baddbmm(left, unit_mn, unit_mn.mT, beta=1.0 - share, alpha=share * m),
-        torch.baddbmm(right, unit_mn.mT, unit_mn, beta=1.0 - share, alpha=share * n),
-    )
+    return _add_products(left, unit_mn, share), _add_products(right, unit_mn.mT, share)
+
+
+def _add_products(mean: Tensor, unit_mn: Tensor, share: float) -> Tensor:
+    m = unit_mn.shape[-2]
+    if mean.ndim == 3:
+        return torch.baddbmm(mean, unit_mn, unit_mn.mT, beta=1.0 - share, alpha=share * m)
+    return torch.lerp(mean, m * unit_mn.square().sum(-1), share)

@@ -103,7 +103,7 @@ def test_the_table_needs_no_torch():
 # One more setting
 @pytest.fixture
 def memory(monkeypatch):
-    """The memory of the curvature as a setting of both programs."""
+    """The memory of the curvature, with other defaults and another range."""
     one = Setting(
         *("memory", "--memory", "MEMORY", 0.9, 0.8, Number(float, 0, 0.99)),
         "share of the former factors that stays",
@@ -111,8 +111,10 @@ def memory(monkeypatch):
         part="reading",
         bases=("curvature",),
     )
+    others = (setting for setting in SETTINGS if setting.name != "memory")
+    replaced = (*others, one)
     for module in (common.settings, common.svd_loss, cv.config, bert_of_theseus.arguments, bert_of_theseus.pipeline):
-        monkeypatch.setattr(module, "SETTINGS", (*SETTINGS, one))
+        monkeypatch.setattr(module, "SETTINGS", replaced)
     return one
 
 
@@ -244,21 +246,21 @@ def refused(**changes) -> dict[str, tuple]:
     return {name: only for name, _, only, _ in conflicts(values(**changes))}
 
 
-def test_the_defaults_exclude_nothing():
-    assert refused() == {}
-    assert list(conflicts(of_arguments(parse_arguments(TRAIN)))) == []
+def test_the_defaults_exclude_what_the_curvature_alone_has():
+    assert set(refused()) == {"memory", "factors"}
+    assert {each.name for each in conflicts(of_arguments(parse_arguments(TRAIN)))} == {"memory", "factors"}
 
 
 @pytest.mark.parametrize(
     ("changes", "without"),
     [
-        ({"basis": "update"}, "smoothing"),
+        ({"basis": "update"}, "smoothing memory factors"),
         ({"basis": "curvature"}, "rank smoothing driver alpha span"),
-        ({"score": "magnitude"}, "alpha"),
-        ({"control": "released"}, "smoothing"),
-        ({"control": "released", "basis": "update"}, "smoothing control"),
-        ({"control": "ewc"}, "control"),
-        ({"control": "ewc", "basis": "curvature", "score": "random"}, "rank smoothing driver alpha span score"),
+        ({"score": "magnitude"}, "alpha memory factors"),
+        ({"control": "released"}, "smoothing memory factors"),
+        ({"control": "released", "basis": "update"}, "smoothing control memory factors"),
+        ({"control": "ewc"}, "control memory factors"),
+        ({"control": "ewc", "basis": "curvature", "score": "random"}, "rank smoothing driver alpha span score factors"),
         ({"basis": "curvature", "score": "tempered"}, "rank smoothing driver alpha span score"),
     ],
     ids=str,

@@ -196,6 +196,8 @@ OUT_OF_RANGE = {
     "DSKD.ALPHA": "1.5",
     "DSKD.SCORE": "size",
     "DSKD.SPAN": "epoch",
+    "DSKD.MEMORY": "1.0",
+    "DSKD.FACTORS": "thin",
     "DSKD.PAIRS": "[a, b]",
     "LOG.INTERVAL": "0",
     "LOG.TRACKERS": "[print]",

@@ -245,3 +245,47 @@ def test_neither_update_nor_progress_matters():
     reading, G = Curvature(), draw(4, 7, seed=1)[None]
     first, second = (reading.choose(dW, G, at, reading.start(G)) for dW, at in ((G, 0.0), (G.flip(-1), 1.0)))
     assert all(torch.equal(first[side], second[side]) for side in ("left", "right"))
+
+
+# Its diagonal factors
+@pytest.mark.parametrize(("shape", "thin"), [((4, 7), "right"), ((7, 4), "left"), ((5, 5), None)])
+def test_diagonal_factors_are_the_diagonal_of_the_larger_one(shape, thin):
+    gradients = [draw(*shape, seed=seed)[None] for seed in (1, 2, 3)]
+    reading = Curvature(factors="diagonal")
+    chosen = reading.start(gradients[0])
+    for G in gradients:
+        chosen = reading.choose(G, G, 0.5, chosen)
+    dense = dict(zip(("left", "right"), oracle.mean_factors([G[0] for G in gradients]), strict=True))
+    for side, mean in dense.items():
+        kept = np.diag(mean) if side == thin else mean
+        assert_close(chosen[side][0], torch.from_numpy(kept.copy()), rtol=1e-9, atol=1e-12)
+
+    student, teacher = draw(*shape, seed=8), draw(*shape, seed=9)
+    A, B = (np.diag(np.diag(mean)) if side == thin else mean for side, mean in dense.items())
+    value, gradient = reading.value_and_gradient(student[None], {"teacher": teacher[None]}, chosen)
+    gap = oracle.as_array(student - teacher)
+    scale = np.linalg.norm(gap) / np.linalg.norm(A @ gap @ B)
+    assert value.item() == pytest.approx(scale * oracle.curvature_quadratic(student, teacher, A, B) / 1.0, rel=1e-9)
+    slope = oracle.finite_difference(lambda W: oracle.curvature_quadratic(W, oracle.as_array(teacher), A, B), student)
+    assert_close(gradient[0], torch.from_numpy(scale * slope), rtol=1e-6, atol=1e-6)
+
+
+def test_diagonal_factors_keep_the_square_of_the_shorter_side():
+    state = Curvature(factors="diagonal").start(torch.zeros(2, 8, 50))
+    assert {side: factor.shape for side, factor in state.items()} == {"left": (2, 8, 8), "right": (2, 50)}
+
+
+def test_diagonal_factors_of_any_order_are_those_of_the_shuffled_control():
+    reading, G = Curvature(factors="diagonal"), draw(4, 7, seed=1)[None]
+    chosen, other = reading.choose(G, G, 0.5, reading.start(G)), draw(4, 7, seed=2)[None]
+    pull, shuffled = (
+        each.value_and_gradient(other, {"teacher": G}, chosen)[1] for each in (reading, ShuffledFactors(reading, 1))
+    )
+    assert not torch.allclose(pull, shuffled)
+    assert shuffled.norm().item() == pytest.approx(pull.norm().item())
+
+
+@pytest.mark.parametrize("wrong", [{"factors": "thin"}, {"memory": 1.0}])
+def test_settings_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Curvature(**wrong)

@@ -66,8 +66,8 @@ def test_a_drift_of_zero_and_the_thousands_of_weights():
         (Own(), "Own(rank=32, smoothing=0.0, driver='gram', score=sensitivity, span='step')"),
         (Own(score=tempered), "Own(rank=32, smoothing=0.0, driver='gram', score=tempered, span='step')"),
         (Update(0, "svd", magnitude, "interval"), "Update(rank=0, driver='svd', score=magnitude, span='interval')"),
-        (Curvature(), "Curvature(memory=0.95)"),
-        (Plain(Curvature()), "Plain(reading=Curvature(memory=0.95))"),
+        (Curvature(), "Curvature(memory=0.95, factors='full')"),
+        (Plain(Curvature()), "Plain(reading=Curvature(memory=0.95, factors='full'))"),
     ],
 )
 def test_a_reading_is_shown_with_all_its_settings(reading, shown):

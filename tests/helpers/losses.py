@@ -23,6 +23,7 @@ def make_loss(
 ) -> DirectionSensitivityLoss:
     """`grad_steps` is `svd_steps` by default, `seed` torch's initial one, `rank` has no effect with "curvature"."""
     defaults = {"smoothing": 0.0, "driver": "gram", "alpha": None, "score": "sensitivity", "span": "step"}
+    defaults |= {"memory": 0.95, "factors": "full"}
     values = {"rank": rank, "basis": basis, "control": direction, **defaults, **others}
     seed = torch.initial_seed() if seed is None else seed
     pairs = {"shuffled": lambda: shuffled(pairs, seed), "shrink": lambda: shrunk(pairs)}.get(direction, lambda: pairs)()
