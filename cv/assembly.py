@@ -12,6 +12,7 @@ from cv.blocks import copy_from_teacher
 from cv.data import DataSets
 from cv.data.memory import memory_is_short
 from cv.dskd import layer_map, layer_pairs
+from cv.folding import folded
 from cv.methods import METHODS, Distiller, build_distiller
 from cv.models import build_model
 from cv.normalisation import Normalisation, Renormalise, change_of_images
@@ -74,11 +75,15 @@ def build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> Built:
     pairs = layer_pairs(student, first, cfg.DSKD) if cfg.DSKD.ENABLED else []
     if cfg.SOLVER.SYNC_BN and accelerator.num_processes > 1:
         synchronise(distiller)
-    if cfg.SOLVER.COMPILE:
-        for network in filter(None, (student, first, *more)):
-            network.features = torch.compile(network.features)
     if accelerator.is_main_process:
         _announce(cfg, data, distiller, pairs, " and ".join(each.line for each in teachers), notes)
+    if method.needs_teacher:  # DSKD's pairs hold the weights as they are, what teaches may have others
+        shape = tuple(data.train.images.shape[1:])
+        lean = [folded(each, shape) for each in (first, *more)]
+        distiller.teacher, distiller.more_teachers = lean[0], nn.ModuleList(lean[1:])
+    if cfg.SOLVER.COMPILE:
+        for network in filter(None, (student, distiller.teacher, *distiller.more_teachers)):
+            network.features = torch.compile(network.features)
     return Built(distiller, pairs, teachers, of_student)
 
 
