@@ -24,8 +24,8 @@ from dskd import Curvature, DirectionSensitivityLoss, Own, pair_layers
 from dskd.controls import DiagonalFisher, Plain
 from dskd.integrations.transformers import DskdTrainer
 
-THIN = Curvature(memory=0.8, factors="diagonal")  # for a short training and little memory
-ANCHORS = {"curvature": THIN, "l2sp": Plain(THIN), "ewc": DiagonalFisher(memory=0.8), "own": Own()}
+EWC = DiagonalFisher(memory=0.8)  # of a short training; the norm of L2's gradient is EWC's
+ANCHORS = {"curvature": Curvature(memory=0.8, factors="diagonal"), "l2sp": Plain(EWC), "ewc": EWC, "own": Own()}
 
 
 def load(folder: str, gguf: str):

@@ -19,6 +19,7 @@ from common import ROOT
 from common.run.errors import Parser, UserError, run_cli
 from common.run.files import check_writable
 from common.run.numbers import Number
+from common.run.record import git_revision
 from common.run.suggest import suggest
 from scripts.lib.tables.collect import collect, keys, read_rows, recognised, write_rows
 from scripts.lib.tables.forest import draw_table, write_forest
@@ -52,8 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--render-only", action="store_true", help="render what is finished, run nothing")
     text = "besides table.md: LaTeX, CSV, and a plot of the differences as PNG and SVG"
     parser.add_argument("--formats", nargs="+", choices=("tex", "csv", "plots"), default=[], help=text)
-    text = "rows of runs.csv by the same commands and --set values count as finished, even without their folders"
-    parser.add_argument("--keep-rows", action="store_true", help=text)
+    text = (
+        "rows of runs.csv by the same commands, --set values and code count as finished, even without their folders; "
+    )
+    text += "all: by any revision of the code"
+    parser.add_argument("--keep-rows", nargs="?", const="same", choices=("same", "all"), help=text)
     parser.add_argument("--output", type=Path, help="folder of the run folders (default: outputs/reproduce)")
     parser.add_argument("--results", type=Path, help="folder of the rendered tables (default: results)")
     return parser
@@ -86,6 +90,10 @@ def main() -> None:
         return plan(table, values, seeds, output, more=read_rows(results / "runs.csv")["seed"], smoke=args.smoke)
 
     kept = recognised(every_run(), earlier) if args.keep_rows else {}
+    if args.keep_rows == "same":
+        known, kept = kept, recognised(every_run(), earlier, git_revision())
+        if other := len(known.keys() - kept.keys()):
+            print(f"{other} rows of other revisions of the code are not kept; --keep-rows all keeps them")
     todo = unfinished(selected, lambda run: run.finished or run in kept)
     if args.dry_run:
         _print_commands(selected, todo)

@@ -21,8 +21,10 @@ from submitit.core.utils import FailedJobError
 from common import ROOT
 from common.run.errors import UserError, run_cli
 from scripts import reproduce
+from scripts.lib.tables import collect as collecting
 from scripts.lib.tables import forest
 from scripts.lib.tables import launch as launching
+from scripts.lib.tables import sources as states
 from scripts.lib.tables.launch import unfinished
 from scripts.lib.tables.plan import SCRIPTS, Run, plan
 from scripts.lib.tables.summary import holm, paired_difference
@@ -460,6 +462,71 @@ def test_rows_whose_folders_are_gone_count_as_finished_only_if_asked(run, tmp_pa
     assert len(pd.read_csv(run.results / "runs.csv")) == 6
     assert run("--seeds", 1) == 0
     assert pd.read_csv(run.results / "runs.csv")["seed"].tolist() == [1, 1, 3, 3]
+
+
+@pytest.fixture
+def code(monkeypatch):
+    """The state of the code that runs are made by: what is in the list, by the revision of the row or by HEAD."""
+    state = {"": "first", "HEAD": "first"}
+    monkeypatch.setattr(collecting, "sources", lambda _, revision: state["HEAD" if revision == "now" else ""])
+    monkeypatch.setattr(reproduce, "git_revision", lambda: "now")
+    return state
+
+
+def test_rows_that_other_code_has_made_are_kept_only_if_all_are(run, tmp_path, code, capsys):
+    run("--seeds", 1)
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    code["HEAD"] = "second"
+    assert run("--seeds", 2, "--keep-rows", "all") == 0
+    assert starts(run.runs) == {"first-seed2": ["start"], "second-seed2": ["start"]}
+    (tmp_path / "runs").rename(tmp_path / "gone_too")
+    capsys.readouterr()
+    assert run("--seeds", 1, "--keep-rows") == 0
+    assert starts(run.runs) == {"first-seed1": ["start"], "second-seed1": ["start"]}
+    said = "4 rows of other revisions of the code are not kept; --keep-rows all keeps them"
+    assert said in capsys.readouterr().out
+
+
+def test_a_difference_of_rows_by_two_states_of_the_code_is_marked(run, code):
+    run("--seeds", 2)
+    assert "†" not in (run.results / "table.md").read_text()
+    rows = pd.read_csv(run.results / "runs.csv", dtype=str)
+    rows.loc[0, "sources"] = "another"
+    rows.to_csv(run.results / "runs.csv", index=False)
+    shutil.rmtree(run.runs)
+    run("--seeds", 2, "--keep-rows", "all", "--render-only")
+    lines = (run.results / "table.md").read_text().splitlines()
+    assert [line.count("†") for line in lines if line.startswith("| ")] == [0, 0, 0, 1]
+    assert "- † Not all runs of the two rows were made by the same, recorded revision of the code." in lines
+
+
+def test_the_state_of_the_code_follows_the_files_that_a_run_depends_on(tmp_path, monkeypatch):
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", "-C", tmp_path, *who, *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    def commit(file: str) -> str:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(str(len(revisions)))
+        git("add", "-A")
+        git("commit", "-qm", "a commit")
+        return git("rev-parse", "HEAD")
+
+    git("init", "-q")
+    monkeypatch.setattr(states, "ROOT", tmp_path)
+    revisions: list[str] = []
+    for file in ("cv/train.py", "dskd/loss.py", "nlp/run.py", "docs/page.md", "examples/heal.py"):
+        revisions.append(commit(file))
+    cv, nlp = ([states.sources(tmp_path / each, r) for r in revisions] for each in ("cv/train.py", "nlp/run.py"))
+    assert len(set(cv[:2])) == 2
+    assert len(set(cv[1:])) == 1
+    assert nlp[1] != nlp[2] == nlp[4]
+    other = [states.sources(tmp_path / "examples/heal.py", r) for r in revisions]
+    assert other[3] != other[4]
+    assert states.sources(tmp_path / "cv/train.py", "unknown") == ""
+    assert states.sources(tmp_path / "cv/train.py", revisions[0] + "-dirty") == ""
+    assert states.sources(tmp_path.parent / "elsewhere.py", revisions[0]) == ""
 
 
 def test_runs_of_another_table_with_the_same_commands_are_not_taken(run):

@@ -1,5 +1,6 @@
 """`runs.csv`: one row per finished run, from its `result.json`; no path of this machine in it."""
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from common.run.errors import UserError
 from common.run.files import write_text
 from common.run.reading import read_json, reading
 from scripts.lib.tables.plan import Run, pairs, portable
+from scripts.lib.tables.sources import sources
 
 KEY = ["task", "cell", "seed", "command", "placeholders"]
 
@@ -42,16 +44,22 @@ def keys(rows: pd.DataFrame) -> set[tuple]:
     return set(rows[KEY].itertuples(index=False, name=None))
 
 
-def recognised(runs: Iterable[Run], rows: pd.DataFrame) -> dict[Run, dict[str, Any]]:
+def recognised(runs: Iterable[Run], rows: pd.DataFrame, revision: str | None = None) -> dict[Run, dict[str, Any]]:
     """The rows that were made by the same commands with the same values of placeholders, by run.
 
     That holds for what a run needs, too: its own command has no more than the names of these cells in it.
+
+    revision: only rows that were made by the files of this one.
     """
     written = {tuple(row[name] for name in KEY): row for row in rows.to_dict("records")}
     found: dict[Run, dict[str, Any]] = {}
     for run in runs:  # what a run needs stands before it
         if _key(run) in written and all(need in found for need in run.needs):
-            found[run] = written[_key(run)]
+            row = written[_key(run)]
+            if pd.isna(row.get("sources", math.nan)):
+                row["sources"] = sources(run.script.path, str(row.get("git_revision")))
+            if revision is None or row["sources"] == sources(run.script.path, revision):
+                found[run] = row
     return found
 
 
@@ -98,6 +106,7 @@ def _row(run: Run) -> dict[str, Any]:
     row |= {name: None for name in ("last", "best") if name not in row}  # the columns of runs.csv
     versions = result.get("versions")
     row["versions"] = pairs(versions if isinstance(versions, dict) else {})
+    row["sources"] = sources(run.script.path, str(result.get("git_revision")))
     return row | {"command": run.portable, "placeholders": run.placeholders}
 
 

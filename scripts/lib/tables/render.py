@@ -13,7 +13,8 @@ _LATEX = str.maketrans(
     {sign: rf"\{sign}" for sign in "&%$#_{}"}
     | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
 )
-_MATH = str.maketrans({"±": r"$\pm$", "<": "$<$", ">": "$>$"})
+_MATH = str.maketrans({"±": r"$\pm$", "<": "$<$", ">": "$>$", "†": r"$\dagger$"})
+MIXED = "†"
 # columns of words, set to the left
 _TEXTS = ("Task", "Method", "difference of", "comparison", "table", "what it compares", "status", "command")
 
@@ -46,6 +47,8 @@ def markdown(table: Table, summary: pd.DataFrame, rows: pd.DataFrame) -> str:
         "paired t-test, not corrected for the number of comparisons. Means of rows with different n are of different "
         "seeds.",
     ]
+    if summary["mixed"].any():
+        notes.append(f"{MIXED} Not all runs of the two rows were made by the same, recorded revision of the code.")
     if compared := int(summary["holm"].notna().sum()):
         notes.append(f"p (Holm): corrected for the {compared} comparisons that were planned together.")
     sources = summary.loc[summary["published"].notna(), "source"].unique()
@@ -107,7 +110,7 @@ def _columns(summary: pd.DataFrame, references: Mapping[str, str]) -> pd.DataFra
             "last": spread_text(line.last_mean, line.last_std),
             "best": spread_text(line.best_mean, line.best_std),
             "difference of": "" if plain or math.isnan(line.difference) else _difference_of(line, references),
-            "difference [95% CI]": interval_text(line),
+            "difference [95% CI]": interval_text(line) + (f" {MIXED}" if line.mixed else ""),
             "p": _probability(line.p),
             "p (Holm)": _probability(line.holm),
             "published elsewhere": _number(line.published),

@@ -34,12 +34,18 @@ def holm(p: pd.Series) -> pd.Series:
     return scaled.reindex(p.index)
 
 
+def _mixed(states: pd.Series, cells: tuple[str, str], seeds: pd.Index) -> bool:
+    pairs = [(cell, seed) for cell in cells for seed in seeds]
+    return states.reindex(states.index.intersection(pairs)).nunique(dropna=False) > 1
+
+
 def summarize(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
     """One line per task and cell, in the table's order and in its display units.
 
     Columns: task, cell, label, metric, n, last_mean, last_std, best_mean, best_std, versus (the cell that this one is
     compared with), turned (whether the difference is that cell minus this one), difference (of `last`), low, high, p,
-    pairs, holm (p corrected within the table's family), published, source. NaN where there is nothing.
+    pairs, mixed (whether the pairs were made by different states of the code), holm (p corrected within the table's
+    family), published, source. NaN where there is nothing.
     """
     lines = []
     for task in table.tasks:
@@ -47,6 +53,7 @@ def summarize(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
         metrics = mine["metric"].dropna().unique() if "metric" in mine else []
         scores = mine.set_index("seed")[["last", "best"]].astype(float) * table.scale
         by_cell = {name: scores[(mine["cell"] == name).to_numpy()] for name in table.cells}
+        states = mine.set_index(["cell", "seed"]).get("sources", pd.Series(dtype=object))
         for name, cell in table.cells.items():
             last, best = by_cell[name]["last"], by_cell[name].dropna(subset="last")["best"]
             versus = table.versus(name)
@@ -65,6 +72,7 @@ def summarize(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
                 "versus": versus,
                 "turned": turned,
                 **(paired_difference(other, last) if turned else paired_difference(last, other)),
+                "mixed": _mixed(states, (name, versus), (last - other).dropna().index),
                 "published": cell.published.value.get(task, math.nan),
                 "source": cell.published.source,
             }
