@@ -45,15 +45,21 @@ def test_method_writes_the_share_of_a_step_and_the_ratio_to_the_svd_in_every_ste
     assert [row[0] for row in rows(lines)] == [result["case"] for result in written["results"]]
 
 
-def test_curvature_writes_its_share_of_a_step(execute):
+def test_curvature_writes_its_share_of_a_step_for_every_setting(execute):
     written, lines = execute("curvature")
-    medians = {name: values["median"] for name, values in written["seconds"].items()}
-    step = medians.pop("step")
-    assert medians.keys() == {"choose directions", "expand", "held"}
-    assert written["share_of_step"] == pytest.approx(sum(medians.values()) / step)
-    rarer = medians["held"] + medians["expand"] / 2 + medians["choose directions"] / 4
-    assert written["share_of_step_svd_steps_4_grad_steps_2"] == pytest.approx(rarer / step)
-    assert rows(lines)[0][0] == written["case"]
+    for case in written["cases"]:
+        medians = {name: values["median"] for name, values in case["seconds"].items()}
+        step = medians.pop("step")
+        for factors in ("full", "diagonal"):
+            choice, expansion, held = (
+                medians[f"{name}, {factors}"] for name in ("choose directions", "expand", "held")
+            )
+            for every in (1, 2, 4, 8):
+                expected = (held + (expansion + choice) / every) / step
+                assert case["share_of_step"][f"{factors} {every}"] == pytest.approx(expected)
+    head = lines[0].strip("| ").split(" | ")
+    assert head == ["factors", "renewed", *(case["case"] for case in written["cases"]), "minus KD"]
+    assert [row[:2] for row in rows(lines)][::5] == [["full", "every step"], ["diagonal", "every 4 steps"]]
 
 
 def test_cv_writes_speed_and_memory_of_both_loops_in_both_precisions(execute, monkeypatch):
@@ -198,8 +204,8 @@ def test_render_fills_the_page_from_the_files(execute, tmp_path, monkeypatch):
     benchmark.main()
     shown = page.PAGE.read_text(encoding="utf-8").splitlines()
     assert shown[:2] + shown[-2:] == ["before", "<!-- curvature -->", "<!-- /curvature -->", "after"]
-    assert shown[3:6] == lines[:3]
-    assert shown[7].startswith(f"[curvature.json](../results/benchmark/curvature.json): {written['device']}, torch ")
+    assert shown[3:11] == lines[:8]
+    assert shown[12].startswith(f"[curvature.json](../results/benchmark/curvature.json): {written['device']}, torch ")
 
 
 @pytest.mark.parametrize(

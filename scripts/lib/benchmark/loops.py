@@ -109,9 +109,9 @@ def build(loop: str, data: DataSets, batch: int, precision: str, workers: int = 
     return PlainLoop(student, teacher, data, batch, bf16, workers)
 
 
-def random_images(number: int) -> DataSets:
+def random_images(number: int, size: int = 32) -> DataSets:
     """Images of CIFAR-100's kind: reading the files would have a peak of its own."""
-    images = ImageSet(torch.randint(256, (number, 3, 32, 32), dtype=torch.uint8), torch.arange(number) % 100, 100)
+    images = ImageSet(torch.randint(256, (number, 3, size, size), dtype=torch.uint8), torch.arange(number) % 100, 100)
     return DataSets(images, images, None, (0.5,) * 3, (0.25,) * 3, Augment(padding=4, flip=True))
 
 

@@ -18,6 +18,7 @@ from cv.models import build_model
 from dskd import DirectionSensitivityLoss, pair_weights
 from dskd.groups import Pairs
 from dskd.matrices import DRIVERS
+from dskd.readings.curvature import FACTORS
 from scripts.lib.benchmark import tables
 from scripts.lib.benchmark.loops import OurLoop, random_images
 from scripts.lib.benchmark.timing import medians, summaries, write
@@ -61,12 +62,14 @@ def bert_case(batch: int, length: int, device: str, **sizes: int) -> Case:
     return Case(f"BERT-base 12 -> 6, batch {batch} x {length}", model.pairs(), step, GLUE)
 
 
-def resnet_case(batch: int) -> Case:
-    """ResNet56 -> ResNet20 by KD, random images."""
-    student, teacher = build_model("resnet20", 100), build_model("resnet56", 100)
-    loop = OurLoop(student, teacher, random_images(batch), batch)
+def resnet_case(batch: int, names: tuple[str, str] = ("resnet56", "resnet20"), size: int = 32) -> Case:
+    """A teacher and a student by KD, random images of `size` pixels."""
+    teacher, student = (build_model(name, 100) for name in names)
+    loop = OurLoop(student, teacher, random_images(batch, size), batch)
     pairs = pair_weights(student, teacher, block_map(student, teacher))
-    return Case(f"ResNet56 -> ResNet20, batch {batch}", pairs, lambda: loop.run(1), CIFAR)
+    names = " -> ".join(name.replace("resnet", "ResNet") for name in names)
+    name = f"{names}, batch {batch}" + ("" if size == 32 else f", {size}x{size} pixels")
+    return Case(name, pairs, lambda: loop.run(1), CIFAR)
 
 
 def parts(case: Case, **changed: Any) -> tuple[DirectionSensitivityLoss, dict[str, Callable[[], object]]]:
@@ -160,20 +163,30 @@ def run(folder: Path, quick: bool) -> str:
 
 
 def run_curvature(folder: Path, quick: bool) -> str:
-    """ResNet56 -> ResNet20 along the curvature, renewed in every step as in its recipe, and less often; the table."""
-    often = {**CIFAR, "basis": "curvature", "svd_steps": 1, "grad_steps": 1, "drift": 0.0}
-    rarer = {**often, "svd_steps": 4, "grad_steps": 2}  # a row of configs/tables/cifar100_few_ablation.yaml
-    case = resnet_case(4 if quick else 64)
-    _, works = parts(case, **often)
-    repeats = 2 if quick else 20
-    # the step by itself and last: it clears the gradients, of which the curvature is made
-    seconds = summaries(works, repeats) | summaries({"step": case.step}, repeats)
-    typical = medians(seconds)
-    share, share_rarer = (cost_per_step(typical, settings) / typical["step"] for settings in (often, rarer))
-    shares = {"share_of_step": share, "share_of_step_svd_steps_4_grad_steps_2": share_rarer}
-    found = {"case": case.name, "seconds": seconds, **shares}
+    """Two recipes along the curvature, renewed and applied in every step or less often; the table."""
+    small = resnet_case(4 if quick else 50, ("resnet20", "resnet8"), 16)  # the table cifar100_few_renewal
+    cases = [_along_the_curvature(case, 2 if quick else 20) for case in (small, resnet_case(4 if quick else 64))]
+    found = {"cases": cases}
     path = write("curvature", found, folder)
     return f"{tables.curvature(found)}\n\n{path}"
+
+
+def _along_the_curvature(case: Case, repeats: int) -> dict:
+    settings = {**CIFAR, "basis": "curvature", "svd_steps": 1, "grad_steps": 1}
+    works = {
+        f"{name}, {factors}": work
+        for factors in FACTORS
+        for name, work in parts(case, **{**settings, "factors": factors})[1].items()
+    }
+    # the step by itself and last: it clears the gradients, of which the curvature is made
+    seconds = summaries(works, repeats) | summaries({"step": case.step}, repeats)
+    typical, shares = medians(seconds), {}
+    for factors in FACTORS:
+        of_these = {name.removesuffix(f", {factors}"): value for name, value in typical.items()}
+        for every in (1, 2, 4, 8):
+            cost = cost_per_step(of_these, {"svd_steps": every, "grad_steps": every})
+            shares[f"{factors} {every}"] = cost / typical["step"]
+    return {"case": case.name, "seconds": seconds, "share_of_step": shares}
 
 
 def _peak_of_a_refresh(case: Case) -> int:

@@ -3,8 +3,19 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from scripts.lib.tables.forest import Row, compare
+from scripts.lib.tables.render import interval_text
+
 Results = Mapping[str, Any]  # what a file of results/benchmark has
 RUNS = {"cv": "CIFAR", "nlp": "RTE"}
+RENEWAL = {  # factors and steps between their renewals -> cell of the table cifar100_few_renewal
+    ("full", 1): "curvature",
+    ("full", 2): "every_2",
+    ("full", 4): "every_4",
+    ("full", 8): "every_8",
+    ("diagonal", 1): "diagonal",
+    ("diagonal", 4): "diagonal_4",
+}
 # bases and intervals of the table of exactness; its file has more
 HELD = (("own, 0", 2), ("own, 0", 10), ("own, 0", 100), ("own, 0.03", 100), ("update", 100))
 
@@ -39,15 +50,16 @@ def method(results: Results) -> str:
 
 
 def curvature(results: Results) -> str:
-    """The same for the basis curvature."""
-    names = {"step": "training step without DSKD", "choose directions": "curvature", "expand": "gradient"}
-    names["held"] = "held loss"
-    medians = _medians(results["seconds"])
-    row = {f"{shown}, s": _number(medians[name]) for name, shown in names.items()}
-    row["share, both in every step"] = f"{100 * results['share_of_step']:.2f}%"
-    rarer = results["share_of_step_svd_steps_4_grad_steps_2"]
-    row["share, curvature every 4 steps, gradient every 2"] = f"{100 * rarer:.2f}%"
-    return table([{"recipe": results["case"], **row}])
+    """The share of a step of each setting, beside what it gains in the table cifar100_few_renewal."""
+    rows = []
+    for (factors, every), cell in RENEWAL.items():
+        steps = "every step" if every == 1 else f"every {every} steps"
+        shares = {
+            each["case"]: f"{100 * each['share_of_step'][f'{factors} {every}']:.1f}%" for each in results["cases"]
+        }
+        gain = compare(Row(label=cell, table="cifar100_few_renewal", task="*", cell=cell, versus="kd"))
+        rows.append({"factors": factors, "renewed": steps, **shares, "minus KD": interval_text(gain)})
+    return table(rows)
 
 
 def growth(results: Results) -> str:
