@@ -14,6 +14,7 @@ from common.run.record import peak_memory_bytes
 from common.torchvision_repair import repair_torchvision
 from cv.config import load_config
 from cv.data import Augment, DataSets, EpochLoader, ImageSet, load_dataset
+from cv.folding import folded
 from cv.methods import build_distiller
 from cv.methods.kd import kd_loss
 from cv.models import build_model
@@ -34,6 +35,7 @@ class OurLoop:
         sizes = {"num_classes": 100, "image_shape": (3, 32, 32), "num_train": len(data.train)}
         kd = build_distiller("kd", student, teacher, load_config(RECIPE).KD, **sizes)
         self.kd = kd.to(self.device, memory_format=torch.channels_last).train()
+        self.kd.teacher = folded(self.kd.teacher, sizes["image_shape"])
         look = {"mean": data.mean, "std": data.std, "device": self.device, "seed": 0, "channels_last": True}
         loader = EpochLoader(data.train, batch, augment=data.augment, shuffle=True, **look)
         self.batches = (images for epoch in count() for images in loader.epoch(epoch))
