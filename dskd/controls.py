@@ -147,6 +147,10 @@ class ShuffledFactors(Control):
     reading: Curvature
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.reading, Curvature) or isinstance(self.reading, DiagonalFisher):
+            raise ValueError(f"shuffled factors are those of Curvature, not of {self.reading!r}")
+
     def value_and_gradient(self, student_mn: Tensor, target: State, chosen: State) -> tuple[Tensor, Tensor]:
         factors = {side: self._reordered(chosen[side], target["teacher"], side) for side in ("left", "right")}
         return self.reading.value_and_gradient(student_mn, target, {**chosen, **factors})

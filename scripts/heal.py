@@ -22,6 +22,8 @@ from common.torchvision_repair import repair_torchvision
 LENGTH = 96  # tokens of a block
 HELD_OUT = 64  # blocks that are tested on
 BATCH = 8  # blocks of an optimizer step
+TRAIN = ("RTE/train.tsv", "sentence1")  # file and column
+TESTS = {"news": ("RTE/dev.tsv", "sentence1"), "reviews": ("SST-2/dev.tsv", "sentence")}
 ANCHORED = ("curvature", "l2sp", "ewc", "own")
 ARMS = ("teacher", "pruned", "kd", "lora", "neighbours", *ANCHORED)
 
@@ -42,13 +44,24 @@ def main() -> None:
     parser.add_argument("--seed", type=Number(int, 0), default=1, help="of the blocks and their order")
     parser.add_argument("--output_dir", type=Path, required=True, metavar="FOLDER")
     args = parser.parse_args()
+    if (args.arm in ANCHORED) != (args.weight > 0):
+        wanted = "a weight above 0" if args.arm in ANCHORED else "none"
+        raise UserError(f"--weight {args.weight:g}: --arm {args.arm} takes {wanted}")
+    for file in (TRAIN, *TESTS.values()):
+        if not (args.glue / file[0]).is_file():
+            raise UserError(f"--glue: there is no {args.glue / file[0]}")
     check_writable("--output_dir", args.output_dir)
     repair_torchvision()
     from examples.heal_causal_lm import load, measure, pruned
 
     torch.manual_seed(args.seed)
-    tokenizer, teacher = load(args.model, args.gguf)
-    news = blocks_of(tokenizer, args.glue / "RTE/train.tsv", "sentence1")
+    try:
+        tokenizer, teacher = load(args.model, args.gguf)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {args.model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if args.drop > (most := teacher.config.num_hidden_layers - 2):
+        raise UserError(f"--drop {args.drop}: the first and the last layer stay; at most {most} can go")
+    news = blocks_of(tokenizer, args.glue, *TRAIN)
     news, held_out = news[:-HELD_OUT], news[-HELD_OUT:]  # no run trains on the held-out ones
     tests = {"news": held_out}
     if not args.held_out:
@@ -83,8 +96,7 @@ def train(student, teacher, kept: list[int], training: torch.Tensor, args: argpa
         for place, i in enumerate(kept):
             if {i - 1, i + 1} - {*kept, -1, kept[-1] + 1}:
                 student.model.layers[place].requires_grad_(True)
-    weight = args.weight if args.arm in ANCHORED else 0.0
-    settings = SimpleNamespace(**{**vars(args), "weight": weight, "anchor": args.arm, "output": args.output_dir})
+    settings = SimpleNamespace(**{**vars(args), "anchor": args.arm, "output": args.output_dir})
     trained = sum(each.numel() for each in student.parameters() if each.requires_grad)
     start = time.perf_counter()
     heal(student, teacher, kept, training, settings, bf16=True, per_device_train_batch_size=BATCH)
@@ -93,13 +105,14 @@ def train(student, teacher, kept: list[int], training: torch.Tensor, args: argpa
     return done | {"throughput": args.steps * BATCH * LENGTH / seconds, "throughput_unit": "tokens/s"}
 
 
-def blocks_of(tokenizer, path: Path, column: str) -> torch.Tensor:
+def blocks_of(tokenizer, glue: Path, file: str, column: str) -> torch.Tensor:
     """(blocks, 96) tokens of a column of a TSV file, without what comes twice."""
     import pandas as pd
 
-    if not path.is_file():
-        raise UserError(f"--glue: there is no {path}")
-    lines = pd.read_csv(path, sep="\t", quoting=3)[column].drop_duplicates()
+    table = pd.read_csv(glue / file, sep="\t", quoting=3)
+    if column not in table:
+        raise UserError(f"--glue: {glue / file} has no column {column}")
+    lines = table[column].drop_duplicates()
     tokens = torch.tensor(tokenizer("\n".join(lines))["input_ids"])
     return tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
 

@@ -106,6 +106,11 @@ def main() -> None:
             write_rows(rows, results / "runs.csv")
         return rows, unusable
 
+    present, _ = collect(every_run(), kept)
+    planned = {(run.task, run.cell, run.seed, run.portable, run.placeholders) for run in todo}
+    if lost := len(keys(earlier) - keys(present) - (set() if args.render_only else planned)):
+        why = "of other commands or --set values or of runs that are not here"
+        print(f"{lost} earlier rows, {why}, leave runs.csv with the first one that is written", flush=True)
     failed = {}
     if not args.render_only:
         counts = f"{len(selected)} runs, {len(todo)} left to do"
@@ -114,9 +119,6 @@ def main() -> None:
         logs = output / "submitit"
         failed = launch(todo, args.jobs, args.launcher, options, logs, finished=save_rows)
     rows, unusable = save_rows()
-    if dropped := len(keys(earlier) - keys(rows)) if len(rows) else 0:
-        why = "of other commands or --set values or of runs that are not here"
-        print(f"{dropped} earlier rows, {why}, are no longer in runs.csv")
     if len(rows) and rows["last"].notna().any():
         summary = summarize(table, rows)
         render(table, summary, rows, results, args.formats)

@@ -12,8 +12,8 @@ from losses import make_loss
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from dskd import Curvature
-from dskd.controls import ShuffledFactors
+from dskd import Curvature, Own
+from dskd.controls import DiagonalFisher, ShuffledFactors
 from dskd.readings.curvature import add_curvature
 
 SHAPES = {"square": (5, 5), "wide": (4, 7), "tall": (7, 4), "conv": (4, 2, 3, 3)}
@@ -283,6 +283,12 @@ def test_diagonal_factors_of_any_order_are_those_of_the_shuffled_control():
     )
     assert not torch.allclose(pull, shuffled)
     assert shuffled.norm().item() == pytest.approx(pull.norm().item())
+
+
+@pytest.mark.parametrize("reading", [DiagonalFisher(), Own()])
+def test_readings_without_factors_have_none_to_shuffle(reading):
+    with pytest.raises(ValueError, match="shuffled factors are those of Curvature"):
+        ShuffledFactors(reading)
 
 
 @pytest.mark.parametrize("wrong", [{"factors": "thin"}, {"memory": 1.0}])

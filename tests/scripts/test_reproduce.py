@@ -487,6 +487,41 @@ def test_rows_that_other_code_has_made_are_kept_only_if_all_are(run, tmp_path, c
     assert said in capsys.readouterr().out
 
 
+def test_rows_of_a_state_that_nobody_knows_are_not_kept(run, tmp_path, code):
+    code[""] = code["HEAD"] = ""
+    run("--seeds", 1)
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    run("--seeds", 1, "--keep-rows")
+    assert starts(run.runs) == {"first-seed1": ["start"], "second-seed1": ["start"]}
+
+
+def test_a_changed_script_of_your_own_is_another_state(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text("1")
+    before = states.sources(script, "any")
+    script.write_text("2")
+    states.sources.cache_clear()
+    assert len(before) == 12
+    assert before != states.sources(script, "any")
+
+
+def test_rows_are_known_by_the_last_part_of_a_placeholders_path(run, tmp_path):
+    run("--seeds", 1, "--set", "data=corpus")
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    run("--seeds", 1, "--set", "data=some/where/corpus", "--keep-rows", "all", "--dry-run")
+    assert not run.runs.exists()
+    run("--seeds", 1, "--set", "data=some/where/corpus", "--keep-rows", "all")
+    assert pd.read_csv(run.results / "runs.csv")["placeholders"].tolist() == ["data=corpus"] * 2
+
+
+def test_rows_that_will_go_are_named_before_the_first_run(run, tmp_path, capsys):
+    run("--seeds", 2)
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    capsys.readouterr()
+    run("--seeds", 1)
+    assert capsys.readouterr().out.startswith("2 earlier rows, of other commands")
+
+
 def test_a_difference_of_rows_by_two_states_of_the_code_is_marked(run, code):
     run("--seeds", 2)
     assert "†" not in (run.results / "table.md").read_text()
@@ -526,7 +561,7 @@ def test_the_state_of_the_code_follows_the_files_that_a_run_depends_on(tmp_path,
     assert other[3] != other[4]
     assert states.sources(tmp_path / "cv/train.py", "unknown") == ""
     assert states.sources(tmp_path / "cv/train.py", revisions[0] + "-dirty") == ""
-    assert states.sources(tmp_path.parent / "elsewhere.py", revisions[0]) == ""
+    assert states.sources(tmp_path.parent / "elsewhere.py", revisions[0]) == ""  # there is no such file
 
 
 def test_runs_of_another_table_with_the_same_commands_are_not_taken(run):

@@ -1,6 +1,7 @@
 """`runs.csv`: one row per finished run, from its `result.json`; no path of this machine in it."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,16 +52,22 @@ def recognised(runs: Iterable[Run], rows: pd.DataFrame, revision: str | None = N
 
     revision: only rows that were made by the files of this one.
     """
-    written = {tuple(row[name] for name in KEY): row for row in rows.to_dict("records")}
+    written = {_by_name(tuple(row[name] for name in KEY)): row for row in rows.to_dict("records")}
     found: dict[Run, dict[str, Any]] = {}
     for run in runs:  # what a run needs stands before it
-        if _key(run) in written and all(need in found for need in run.needs):
-            row = written[_key(run)]
+        if (key := _by_name(_key(run))) in written and all(need in found for need in run.needs):
+            row = written[key]
             if pd.isna(row.get("sources", math.nan)):
                 row["sources"] = sources(run.script.path, str(row.get("git_revision")))
-            if revision is None or row["sources"] == sources(run.script.path, revision):
+            if revision is None or row["sources"] == sources(run.script.path, revision) != "":
                 found[run] = row
     return found
+
+
+def _by_name(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With the last part of every path among the placeholders: data/cifar100 and /data/cifar100 are one data set."""
+    *others, values = key
+    return *others, re.sub(r"=\S*/", "=", values)
 
 
 def collect(runs: Iterable[Run], kept: Mapping[Run, dict[str, Any]]) -> tuple[pd.DataFrame, dict[Run, str]]:

@@ -36,7 +36,8 @@ def holm(p: pd.Series) -> pd.Series:
 
 def _mixed(states: pd.Series, cells: tuple[str, str], seeds: pd.Index) -> bool:
     pairs = [(cell, seed) for cell in cells for seed in seeds]
-    return states.reindex(states.index.intersection(pairs)).nunique(dropna=False) > 1
+    found = states.reindex(states.index.intersection(pairs))
+    return found.nunique() > 1 or (len(found) > 1 and bool(found.isna().any()))
 
 
 def summarize(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
