@@ -48,7 +48,7 @@ def test_a_step_writes_its_figures_and_its_log(check, tmp_path):
     code, lines = check(STEPS="curvature", QUICK="1")
     assert (code, report(lines)) == (0, {"curvature": ("0", "ok")})
     assert (tmp_path / "gpu" / "curvature.json").is_file()
-    assert "| recipe |" in (tmp_path / "gpu" / "curvature.log").read_text()
+    assert "| factors | renewed |" in (tmp_path / "gpu" / "curvature.log").read_text()
     assert (tmp_path / "gpu" / "report.txt").read_text().splitlines() == lines[-2:]
 
 
