@@ -65,10 +65,7 @@ def main() -> None:
     news, held_out = news[:-HELD_OUT], news[-HELD_OUT:]  # no run trains on the held-out ones
     tests = {"news": held_out}
     if not args.held_out:
-        files = {"news": ("RTE/dev.tsv", "sentence1"), "reviews": ("SST-2/dev.tsv", "sentence")}
-        tests = {
-            kind: blocks_of(tokenizer, args.glue / file, column)[:HELD_OUT] for kind, (file, column) in files.items()
-        }
+        tests = {kind: blocks_of(tokenizer, args.glue, *text)[:HELD_OUT] for kind, text in TESTS.items()}
     student, kept = (teacher, []) if args.arm == "teacher" else pruned(teacher, news[:1], args.drop, "even")
     training = news[torch.randperm(len(news))[: args.blocks]]
     result = {} if args.arm in ("teacher", "pruned") else train(student, teacher, kept, training, args)

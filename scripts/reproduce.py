@@ -53,10 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--render-only", action="store_true", help="render what is finished, run nothing")
     text = "besides table.md: LaTeX, CSV, and a plot of the differences as PNG and SVG"
     parser.add_argument("--formats", nargs="+", choices=("tex", "csv", "plots"), default=[], help=text)
-    text = (
-        "rows of runs.csv by the same commands, --set values and code count as finished, even without their folders; "
-    )
-    text += "all: by any revision of the code"
+    text = "rows of runs.csv by the same commands, --set values and code count as finished, even without their "
+    text += "folders; all: by any revision of the code"
     parser.add_argument("--keep-rows", nargs="?", const="same", choices=("same", "all"), help=text)
     parser.add_argument("--output", type=Path, help="folder of the run folders (default: outputs/reproduce)")
     parser.add_argument("--results", type=Path, help="folder of the rendered tables (default: results)")

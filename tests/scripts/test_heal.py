@@ -1,8 +1,14 @@
-"""scripts/heal.py: what it refuses, in one line and before anything is trained."""
+"""scripts/heal.py: one run on a tiny model, and what it refuses, in one line and before anything is trained."""
 
+import json
 import sys
 
 import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from common.run.errors import UserError
 from scripts import heal
@@ -36,3 +42,40 @@ def refused(tmp_path, monkeypatch):
 )
 def test_it_says_what_is_wrong(refused, words, said):
     assert refused(words).startswith(said)
+
+
+@pytest.fixture
+def material(tmp_path):
+    """A random Llama of six layers, and GLUE files of numbers as words."""
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, **{str(i): i + 1 for i in range(10)}}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path / "model")
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 11}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=6, **sizes)).save_pretrained(tmp_path / "model")
+    lines = [" ".join(f"{i:05d}") for i in range(1600)]
+    for file, column in (heal.TRAIN, *heal.TESTS.values()):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("\n".join([column, *lines]) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "measured"),
+    [
+        ("--arm kd", {"perplexity_news", "perplexity_reviews"}),
+        ("--arm curvature --weight 10 --decoupled --held_out", {"perplexity_news"}),
+        ("--arm neighbours", {"perplexity_news", "perplexity_reviews"}),
+        ("--arm teacher", {"perplexity_news", "perplexity_reviews"}),
+    ],
+)
+def test_a_run_writes_what_a_table_needs(material, monkeypatch, words, measured):
+    flags = (
+        f"--model {material}/model --glue {material} --output_dir {material}/run --drop 2 --steps 1 --blocks 8 {words}"
+    )
+    monkeypatch.setattr(sys, "argv", ["heal.py", *flags.split()])
+    heal.main()
+    result = json.loads((material / "run" / "result.json").read_text(encoding="utf-8"))
+    assert {name for name in result if name.startswith("perplexity")} == measured
+    assert result["last"] == result["best"] < 0
+    assert result.get("steps") == (None if "teacher" in words else 1)
