@@ -28,7 +28,8 @@ ANCHORED = ("curvature", "l2sp", "ewc", "own")
 ARMS = ("teacher", "pruned", "kd", "lora", "neighbours", *ANCHORED)
 
 
-def main() -> None:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The flags' values; an arm and a weight that do not fit are refused."""
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or hub name of a causal language model")
     parser.add_argument("--gguf", default="", help="its file, if the folder has a GGUF")
@@ -43,10 +44,15 @@ def main() -> None:
     parser.add_argument("--steps", type=Number(int, 1), default=12, help="of 8 blocks (default: 12)")
     parser.add_argument("--seed", type=Number(int, 0), default=1, help="of the blocks and their order")
     parser.add_argument("--output_dir", type=Path, required=True, metavar="FOLDER")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if (args.arm in ANCHORED) != (args.weight > 0):
         wanted = "a weight above 0" if args.arm in ANCHORED else "none"
         raise UserError(f"--weight {args.weight:g}: --arm {args.arm} takes {wanted}")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
     for file in (TRAIN, *TESTS.values()):
         if not (args.glue / file[0]).is_file():
             raise UserError(f"--glue: there is no {args.glue / file[0]}")

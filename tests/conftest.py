@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,20 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data: set DSKD_DATA to a folder with glue/ and cifar100/")
     return folder
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps precision and processes of a training for the next one; forget those before and after."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from cv_fixtures import column, read_run, same_tensors, save_teacher, short_config, short_run
 from torch import nn
 
@@ -758,14 +757,6 @@ def test_fp16_without_a_gpu_is_refused(tmp_path, teacher, monkeypatch):
     message = refusal(short_config(tmp_path, teacher, "SOLVER.PRECISION fp16"))
     assert message == "SOLVER.PRECISION fp16 needs a GPU; use bf16 or fp32 here"
     assert not any(tmp_path.iterdir())
-
-
-@pytest.fixture
-def fresh_accelerator():
-    """accelerate refuses another precision in one process; forget the one of the runs before and after."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
@@ -26,12 +25,7 @@ NAMES = ("0", "2", "4")
 WAYS = ("weight", "term")
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its state for the process."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def network(seed: int) -> nn.Sequential:

@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from nlp_fixtures import write_model, write_rte
 from torch import nn
 
@@ -92,15 +91,7 @@ def test_the_basis_update_is_compared_along_the_last_choice(observed):
     np.testing.assert_allclose(np.ravel(held.references[-1].cosine["update"]), expected, rtol=1e-4)
 
 
-@pytest.fixture
-def apart():
-    """Without the precision and processes of another training in this process, and leaving none."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def test_it_trains_by_both_programs_and_writes_its_tables(tmp_path, monkeypatch, capsys, apart):
+def test_it_trains_by_both_programs_and_writes_its_tables(tmp_path, monkeypatch, capsys, fresh_accelerator):
     write_rte(tmp_path / "RTE", train=24, dev=12)
     monkeypatch.setattr(trainer, "load_dataset", lambda *_, **__: random_images(16))
     words = ["--quick", "--output", tmp_path, "--glue", tmp_path, "--model", write_model(tmp_path / "model")]

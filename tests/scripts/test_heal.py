@@ -69,7 +69,7 @@ def material(tmp_path):
         ("--arm teacher", {"perplexity_news", "perplexity_reviews"}),
     ],
 )
-def test_a_run_writes_what_a_table_needs(material, monkeypatch, words, measured):
+def test_a_run_writes_what_a_table_needs(material, fresh_accelerator, monkeypatch, words, measured):
     flags = (
         f"--model {material}/model --glue {material} --output_dir {material}/run --drop 2 --steps 1 --blocks 8 {words}"
     )
