@@ -14,6 +14,9 @@ setup: .venv/current  ## make .venv with the tested versions; nothing to do when
 demo: setup  ## few images from a teacher, then both recipes; DEMO="--full", DEMO="--task RTE --data_dir glue/RTE"
 	$(BIN)/python scripts/demo.py $(DEMO)
 
+# a test's programs find the packages compiled, also where the environment says to compile in memory alone
+test coverage: export PYTHONDONTWRITEBYTECODE =
+
 test: setup  ## all tests, two at a time
 	$(BIN)/python -m pytest -n 2
 
