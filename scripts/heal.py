@@ -1,7 +1,7 @@
 """One run of the tables heal_smollm2: a language model without some of its layers, healed on little text by KD.
 
 python scripts/heal.py --model FOLDER --gguf FILE --glue FOLDER --arm kd --lr 3e-4 --output_dir FOLDER
-The training is that of examples/heal_causal_lm.py. The text is news, the premises of RTE; reviews are SST-2's.
+The training is that of examples/heal_causal_lm.py. News are the premises of RTE, reviews the sentences of SST-2.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from common.torchvision_repair import repair_torchvision
 LENGTH = 96  # tokens of a block
 HELD_OUT = 64  # blocks that are tested on
 BATCH = 8  # blocks of an optimizer step
-TRAIN = ("RTE/train.tsv", "sentence1")  # file and column
+TRAIN = {"news": ("RTE/train.tsv", "sentence1"), "reviews": ("SST-2/train.tsv", "sentence")}  # file and column
 TESTS = {"news": ("RTE/dev.tsv", "sentence1"), "reviews": ("SST-2/dev.tsv", "sentence")}
 ANCHORED = ("curvature", "l2sp", "ewc", "own")
 ARMS = ("teacher", "pruned", "kd", "lora", "neighbours", *ANCHORED)
@@ -34,11 +34,12 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder or hub name of a causal language model")
     parser.add_argument("--gguf", default="", help="its file, if the folder has a GGUF")
     parser.add_argument("--glue", type=Path, required=True, help="folder of GLUE's TSV files, RTE and SST-2")
+    parser.add_argument("--text", choices=TRAIN, default="news", help="what is trained on (default: news)")
     parser.add_argument("--arm", choices=ARMS, required=True, help="neighbours: only layers beside a gap are trained")
     parser.add_argument("--drop", type=Number(int, 1), default=8, help="layers that go, evenly (default: 8)")
     parser.add_argument("--weight", type=Number(float, 0), default=0.0, help="of the anchor")
     parser.add_argument("--decoupled", action="store_true", help="the anchor pulls beside AdamW's step")
-    parser.add_argument("--held_out", action="store_true", help="test on news of the training set, to tune on")
+    parser.add_argument("--held_out", action="store_true", help="test on the training set's text, to tune on")
     parser.add_argument("--blocks", type=Number(int, 1), default=32, help="of 96 tokens to train on (default: 32)")
     parser.add_argument("--lr", type=Number(float, 0), default=3e-4, help="of AdamW (default: 3e-4)")
     parser.add_argument("--steps", type=Number(int, 1), default=12, help="of 8 blocks (default: 12)")
@@ -53,7 +54,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    for file in (TRAIN, *TESTS.values()):
+    for file in (TRAIN[args.text], *TESTS.values()):
         if not (args.glue / file[0]).is_file():
             raise UserError(f"--glue: there is no {args.glue / file[0]}")
     check_writable("--output_dir", args.output_dir)
@@ -67,18 +68,18 @@ def main() -> None:
         raise UserError(f"--model {args.model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     if args.drop > (most := teacher.config.num_hidden_layers - 2):
         raise UserError(f"--drop {args.drop}: the first and the last layer stay; at most {most} can go")
-    news = blocks_of(tokenizer, args.glue, *TRAIN)
-    news, held_out = news[:-HELD_OUT], news[-HELD_OUT:]  # no run trains on the held-out ones
-    tests = {"news": held_out}
+    blocks = blocks_of(tokenizer, args.glue, *TRAIN[args.text])
+    blocks, held_out = blocks[:-HELD_OUT], blocks[-HELD_OUT:]  # no run trains on the held-out ones
+    tests = {args.text: held_out}
     if not args.held_out:
         tests = {kind: blocks_of(tokenizer, args.glue, *text)[:HELD_OUT] for kind, text in TESTS.items()}
-    student, kept = (teacher, []) if args.arm == "teacher" else pruned(teacher, news[:1], args.drop, "even")
-    training = news[torch.randperm(len(news))[: args.blocks]]
+    student, kept = (teacher, []) if args.arm == "teacher" else pruned(teacher, blocks[:1], args.drop, "even")
+    training = blocks[torch.randperm(len(blocks))[: args.blocks]]
     result = {} if args.arm in ("teacher", "pruned") else train(student, teacher, kept, training, args)
     perplexities = {f"perplexity_{kind}": measure(student, blocks)[0] for kind, blocks in tests.items()}
     if not all(map(math.isfinite, perplexities.values())):
         raise UserError(f"the training has diverged; lower --lr {args.lr:g} or --weight {args.weight:g}")
-    score = -math.log(perplexities["perplexity_news"])
+    score = -math.log(perplexities[f"perplexity_{args.text}"])
     settings = {key: str(value) for key, value in vars(args).items()}
     RunRecord(args.output_dir, settings).finish(
         metric="log-likelihood of a token", last=score, best=score, method=args.arm, **perplexities, **result

@@ -17,7 +17,7 @@ from scripts import heal
 @pytest.fixture
 def refused(tmp_path, monkeypatch):
     """Runs it with some words on a folder of GLUE files of one line; gives its complaint."""
-    for file, column in (heal.TRAIN, *heal.TESTS.values()):
+    for file, column in (*heal.TRAIN.values(), *heal.TESTS.values()):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(f"{column}\nA line.\n", encoding="utf-8")
 
@@ -54,7 +54,7 @@ def material(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 11}
     LlamaForCausalLM(LlamaConfig(num_hidden_layers=6, **sizes)).save_pretrained(tmp_path / "model")
     lines = [" ".join(f"{i:05d}") for i in range(1600)]
-    for file, column in (heal.TRAIN, *heal.TESTS.values()):
+    for file, column in (*heal.TRAIN.values(), *heal.TESTS.values()):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("\n".join([column, *lines]) + "\n", encoding="utf-8")
     return tmp_path
@@ -65,6 +65,7 @@ def material(tmp_path):
     [
         ("--arm kd", {"perplexity_news", "perplexity_reviews"}),
         ("--arm curvature --weight 10 --decoupled --held_out", {"perplexity_news"}),
+        ("--arm kd --text reviews --held_out", {"perplexity_reviews"}),
         ("--arm neighbours", {"perplexity_news", "perplexity_reviews"}),
         ("--arm teacher", {"perplexity_news", "perplexity_reviews"}),
     ],
