@@ -241,7 +241,6 @@ def _with_blocks(path: Path, blocks: Mapping[str, str]) -> str:
 
 def _listed(front: Front, to_results: str, commands: bool = False) -> str:
     """The tables in their groups, each with the runs so far."""
-    flags = {"data/cifar100": " --set data=data/cifar100", "data/glue": " --set data=data/glue"}
     groups = {}
     for group, names in front.tables.items():
         lines = []
@@ -249,7 +248,9 @@ def _listed(front: Front, to_results: str, commands: bool = False) -> str:
             table, rows = _table(name)
             link = f"[{name}]({to_results}{name}/table.md)" if len(rows) else name
             line = {"table": link, "what it compares": table.title, "runs so far": str(len(rows)), "status": status}
-            command = f"`python scripts/reproduce.py {name}{flags.get(table.placeholders.get('data'), '')}`"
+            folders = {key: value for key, value in table.placeholders.items() if str(value).startswith("data/")}
+            words = [f"python scripts/reproduce.py {name}", *(f"--set {key}={value}" for key, value in folders.items())]
+            command = f"`{' '.join(words)}`"
             lines.append({**line, "command": command} if commands else line)
         groups[group] = pd.DataFrame(lines)
     return _under_titles(groups)
