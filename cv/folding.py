@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 TOLERANCE = 1e-2  # of the largest output: far above what rounding does, far below what a wrong pair does
+_NORMS = ("BatchNorm2d", "BatchNormAct2d")  # by name: the second is timm's, which may not be installed
 
 
 @torch.no_grad()
@@ -37,8 +38,9 @@ def folded(network: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:
 def _without(network: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
     lean = copy.deepcopy(network)
     for conv, norm in pairs:
-        lean.set_submodule(conv, fuse_conv_bn_eval(lean.get_submodule(conv), lean.get_submodule(norm)))
-        lean.set_submodule(norm, nn.Identity())
+        module = lean.get_submodule(norm)
+        lean.set_submodule(conv, fuse_conv_bn_eval(lean.get_submodule(conv), module))
+        lean.set_submodule(norm, nn.Sequential(*module.children()))  # timm's drop and activation; torch's has none
     return lean
 
 
@@ -60,7 +62,7 @@ def _pairs(network: nn.Module, images: Tensor) -> list[tuple[str, str]]:
     for name, module in network.named_modules():
         if type(module) is nn.Conv2d:
             hooks.append(module.register_forward_hook(after(name)))
-        elif type(module) is nn.BatchNorm2d:
+        elif isinstance(module, nn.BatchNorm2d) and type(module).__name__ in _NORMS:
             hooks.append(module.register_forward_pre_hook(before(name)))
     network.features(images)
     for hook in hooks:

@@ -165,9 +165,7 @@ class Attachment:
 def add_gradient(pairs: Iterable[tuple[Tensor, Tensor]], weight: float, scale: Tensor | None = None) -> None:
     """Add weight * scale * D to `.grad` of every W that is trained, for pairs (W, D)."""
     added, wanted = [], []
-    for W, D in pairs:
-        if not W.requires_grad:  # frozen by now; an optimizer moves whatever has a gradient
-            continue
+    for W, D in _summed(pairs):
         W.grad = torch.zeros_like(W) if W.grad is None else W.grad
         added.append(local(W.grad))
         wanted.append(local(D) if scale is None else local(D) * scale)
@@ -179,10 +177,19 @@ def add_gradient(pairs: Iterable[tuple[Tensor, Tensor]], weight: float, scale: T
 def move_weights(optimizer: Optimizer, pairs: Iterable[tuple[Tensor, Tensor]], weight: float) -> None:
     """Take rate * weight * D from every W that is trained, for pairs (W, D); the rate is that of W's group."""
     rates = {id(W): group["lr"] for group in optimizer.param_groups for W in group["params"]}
-    trained = [(W, D) for W, D in pairs if W.requires_grad]
+    trained = _summed(pairs)
     if trained:
         moves = [local(D).to(W.dtype) * rates[id(W)] for W, D in trained]
         torch._foreach_sub_([local(W.detach()) for W, _ in trained], moves, alpha=weight)
+
+
+def _summed(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The pairs (W, D) whose W is trained, each W once: a device may work on all tensors of a list at the same time."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for W, D in pairs:
+        if W.requires_grad:  # else frozen by now; an optimizer moves whatever has a gradient
+            found[id(W)] = (W, found[id(W)][1] + D if id(W) in found else D)
+    return list(found.values())
 
 
 def _unwrapped(optimizer: Any) -> Optimizer:

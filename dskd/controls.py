@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .groups import Pairs
-from .matrices import as_matrix, columns, unit_scale
+from .matrices import as_matrix, columns, unit_scale, with_norm_of
 from .readings import Curvature, Own, Reading, State
 from .readings.own import low_rank_part
 from .sensitivity import Score, selected_count
@@ -64,7 +64,7 @@ class Plain(Control):
 
     def value_and_gradient(self, student_mn: Tensor, target: State, chosen: State) -> tuple[Tensor, Tensor]:
         value, gradient_mn = self.reading.value_and_gradient(student_mn, target, chosen)
-        return value, _with_norm_of(gradient_mn, student_mn - target["teacher"])
+        return value, with_norm_of(gradient_mn, student_mn - target["teacher"])
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,7 +77,7 @@ class RandomDirection(Control):
         value, gradient_mn = self.reading.value_and_gradient(student_mn, target, chosen)
         drawn = [torch.randn(D.shape, generator=_generator(self.seed, D), dtype=D.dtype) for D in gradient_mn]
         other = torch.stack(drawn).to(gradient_mn.device) if drawn else gradient_mn
-        return value, _with_norm_of(gradient_mn, other)
+        return value, with_norm_of(gradient_mn, other)
 
 
 @dataclass(frozen=True, repr=False)
@@ -194,10 +194,9 @@ class DiagonalFisher(Curvature):
         total = squares.mean((-2, -1), keepdim=True)
         return {"fisher": torch.lerp(squares / torch.where(total > 0, total, 1.0), chosen["fisher"], self.memory)}
 
-    def value_and_gradient(self, student_mn: Tensor, target: State, chosen: State) -> tuple[Tensor, Tensor]:
-        gap_mn = student_mn - target["teacher"]
-        pull_mn = _with_norm_of(gap_mn, chosen["fisher"] * gap_mn) / min(gap_mn.shape[-2:])
-        return (gap_mn * pull_mn).sum((-2, -1)), 2 * pull_mn
+    def weighed(self, gap_mn: Tensor, chosen: State) -> Tensor:
+        """F D."""
+        return chosen["fisher"] * gap_mn
 
     def weights(self, chosen: State) -> Tensor:
         """The sums (rows, r) of F along its longer side, falling, by their sum."""
@@ -247,9 +246,3 @@ def _generator(seed: int, numbers: Tensor) -> torch.Generator:
     """A function of a seed and of some numbers."""
     key = numbers.flatten()[:4].tolist()
     return torch.Generator().manual_seed(hash((seed, *key)) % 2**63)
-
-
-def _with_norm_of(gradient_mn: Tensor, other_mn: Tensor) -> Tensor:
-    wanted: Tensor = torch.linalg.matrix_norm(gradient_mn, keepdim=True)
-    norm: Tensor = torch.linalg.matrix_norm(other_mn, keepdim=True)
-    return other_mn * (wanted / torch.where(norm > 0, norm, 1.0))

@@ -1,5 +1,6 @@
 """A gradient that is computed once, held, and handed to autograd as it is."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,10 @@ class Held:
         return self.value + inner_product(self.gradients, [W.detach() for W in weights]) - self.offset
 
     def has_drifted(self, weights: Sequence[Tensor], drift: float) -> bool:
-        """Whether a matrix is further from W0 than this share of its norm; always so where that is not looked at."""
+        """Whether a matrix is further from W0 than this share of its norm.
+
+        Always so where that is not looked at, and where the norm is 0 or beyond the range of the precision.
+        """
         if not self.origin:
             return True
         origin = [local(W0) for W0 in self.origin]
@@ -69,7 +73,8 @@ class Held:
         else:  # squared on the host: not every device has float64
             found = [norm * norm for norm in torch.stack([norm.to(working_dtype(norm)) for norm in norms]).tolist()]
         count = len(weights)
-        return any(change > drift**2 * size for change, size in zip(found[:count], found[count:], strict=True))
+        both = zip(found[:count], found[count:], strict=True)
+        return not all(size > 0.0 and change <= drift**2 * size < math.inf for change, size in both)
 
 
 def check_intervals(svd_steps: int, grad_steps: int, drift: float) -> None:

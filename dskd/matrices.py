@@ -142,6 +142,15 @@ def unit_scale(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix / largest, largest
 
 
+def with_norm_of(wanted: Tensor, matrix: Tensor) -> Tensor:
+    """The matrix with the Frobenius norm of another one, at any scale of the two; zeros if one is zero."""
+    unit_mn, _ = unit_scale(matrix)
+    unit_wanted, largest = unit_scale(wanted)
+    norm: Tensor = torch.linalg.matrix_norm(unit_mn, keepdim=True).clamp(min=1.0)  # is 1 or more, or 0
+    wanted_norm: Tensor = torch.linalg.matrix_norm(unit_wanted, keepdim=True)
+    return unit_mn * (wanted_norm / norm) * largest
+
+
 def largest_entries(*lists: Sequence[Tensor | None]) -> list[list[float]]:
     """The largest absolute entry of every tensor of some lists, 0 for None, read by the host at once."""
     present = [tensor for tensors in lists for tensor in tensors if tensor is not None]

@@ -78,7 +78,9 @@ def main() -> None:
     result = {} if args.arm in ("teacher", "pruned") else train(student, teacher, kept, training, args)
     perplexities = {f"perplexity_{kind}": measure(student, blocks)[0] for kind, blocks in tests.items()}
     if not all(map(math.isfinite, perplexities.values())):
-        raise UserError(f"the training has diverged; lower --lr {args.lr:g} or --weight {args.weight:g}")
+        untrained = f"--model {args.model}: its outputs are not finite, before any training; the model is broken"
+        trained = f"the training has diverged; lower --lr {args.lr:g} or --weight {args.weight:g}"
+        raise UserError(trained if result else untrained)
     score = -math.log(perplexities[f"perplexity_{args.text}"])
     settings = {key: str(value) for key, value in vars(args).items()}
     RunRecord(args.output_dir, settings).finish(

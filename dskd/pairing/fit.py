@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from ..matrices import shape_of
-from .layers import Layer
+from .layers import Layer, joined
 
 
 def why_not(
@@ -35,7 +35,8 @@ def _of_student(student: Layer, shared: Mapping[int, list[str]], paired: Collect
         return "frozen (requires_grad is False)"
     if id(weight) in paired:
         return "shared with a layer that is paired"
-    names = [name for name in shared.get(id(weight), []) if name != f"{student.name}.{student.parameter}"]
+    own = joined(student.name, "weight") if student.parameter == "weight" else student.name
+    names = [name for name in shared.get(id(weight), []) if name != own]
     return f"shared with {names[0]}" if names else None
 
 

@@ -1,7 +1,7 @@
 """The weight matrices of a network: where each is, and what its dimensions mean."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ class Layer:
             name that the layer had.
         module, parameter: what owns the weight, and its name there.
         dims: what its dimensions are. Weights of equal shape and unequal dimensions cannot pair.
-        common: whether pairing by itself takes it: linear layers, convolutions, transformers' `Conv1D`, and the input
-            projections of attention, queries, keys and values as the one matrix that `nn.MultiheadAttention` keeps.
+        common: whether pairing by itself takes it: linear layers, convolutions, transformers' `Conv1D`, the input
+            projections of attention, queries, keys and values as the one matrix that `nn.MultiheadAttention` keeps, and
+            the matrices of recurrent layers, all gates as the one matrix that they keep.
         adapter: the module with which peft has wrapped the layer.
     """
 
@@ -61,7 +62,7 @@ def _layers(module: nn.Module, name: str, adapter: nn.Module | None) -> Iterator
     if isinstance(base, nn.Module):  # peft's: the adapter's own matrices are no layers of the network
         yield from _layers(base, name, module)
         return
-    for parameter in _IN_PROJECTIONS if isinstance(module, nn.MultiheadAttention) else ("weight",):
+    for parameter in _parameters(module):
         weight = getattr(module, parameter, None)
         if isinstance(weight, Tensor) and (nn.parameter.is_lazy(weight) or weight.ndim >= 2):
             dims, common = _dims(module)
@@ -72,12 +73,24 @@ def _layers(module: nn.Module, name: str, adapter: nn.Module | None) -> Iterator
             yield from _layers(submodule, joined(name, child), None)
 
 
+def _parameters(module: nn.Module) -> Sequence[str]:
+    """The names that a module's own weights may have."""
+    if isinstance(module, nn.MultiheadAttention):
+        return _IN_PROJECTIONS
+    if isinstance(module, nn.RNNBase):  # by layer and direction; those of a parametrization are listed here too
+        return [name for name in module._flat_weights_names if name.startswith("weight")]
+    return ("weight_ih", "weight_hh") if isinstance(module, nn.RNNCellBase) else ("weight",)
+
+
 def _dims(module: nn.Module) -> tuple[str, bool]:
     """What the dimensions of a module's weight are, and whether it is of a kind that pairs by itself."""
     if isinstance(module, nn.Linear | nn.MultiheadAttention):
         return "(out, in)", True
     if any(cls.__name__ == "Conv1D" for cls in type(module).__mro__):
         return "(in, out)", True
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):  # gates differ in number and order; a cell has its layer's
+        kind = next(cls.__name__ for cls in type(module).__mro__ if cls.__module__ == nn.RNNBase.__module__)
+        return f"{kind.removesuffix('Cell')} (out, in)", True
     if isinstance(module, _ConvNd):
         kind = "transposed convolution" if module.transposed else "convolution"
         return f"{kind} in {module.groups} groups" if module.groups > 1 else kind, True

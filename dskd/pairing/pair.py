@@ -22,13 +22,13 @@ def pair_layers(
     """The pairs of layers that `DirectionSensitivityLoss` takes; print them to see what was paired and what was not.
 
     By itself it looks for stacks of blocks in both networks (dskd/pairing/stacks.py) and pairs block with block, and in
-    them linear layers and convolutions by their names. Stacks of transformer layers: `last_of_group` where their depths
-    divide, else `spread_evenly`. Stages of convolutional blocks: `spread_evenly` in each. Without stacks that match, it
-    pairs layers of the same name.
+    them linear layers, convolutions and recurrent layers by their names. Stacks of transformer layers: `last_of_group`
+    where their depths divide, else `spread_evenly`. Stages of convolutional blocks: `spread_evenly` in each. Without
+    stacks that match, it pairs layers of the same name.
 
     Every weight counts as one matrix, (out, everything else), as the network has it: a grouped or depthwise convolution
-    (out, in / groups, kh, kw) too, and `nn.MultiheadAttention`'s queries, keys and values (3 * width, width). Views of
-    a part would be no parameters that an optimizer trains.
+    (out, in / groups, kh, kw) too, `nn.MultiheadAttention`'s queries, keys and values (3 * width, width), and the gates
+    of `nn.LSTM` (4 * hidden, in). Views of a part would be no parameters that an optimizer trains.
 
     Args:
         student, teacher: any networks.

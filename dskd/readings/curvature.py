@@ -59,13 +59,18 @@ class Curvature(Reading):
         return {"left": left, "right": right}
 
     def value_and_gradient(self, student_mn: Tensor, target: State, chosen: State) -> tuple[Tensor, Tensor]:
-        gap_mn = student_mn - target["teacher"]
+        gap_mn, size = unit_scale(student_mn - target["teacher"])
+        pull_mn, _ = unit_scale(self.weighed(gap_mn, chosen))
+        gap, pull = (torch.linalg.matrix_norm(matrix, keepdim=True) for matrix in (gap_mn, pull_mn))
+        step = gap / pull.clamp(min=1.0) / min(gap_mn.shape[-2:]) * size  # of unit scale a norm is 1 or more, or 0
+        value = (gap_mn * pull_mn).sum((-2, -1), keepdim=True) * step * size
+        return value[..., 0, 0], pull_mn * (2 * step)
+
+    def weighed(self, gap_mn: Tensor, chosen: State) -> Tensor:
+        """A D B."""
         left, right = chosen["left"], chosen["right"]
         half_mn = left @ gap_mn if left.ndim == 3 else left.unsqueeze(-1) * gap_mn
-        pull_mn = half_mn @ right if right.ndim == 3 else half_mn * right.unsqueeze(-2)
-        gap, pull = (torch.linalg.matrix_norm(matrix) for matrix in (gap_mn, pull_mn))
-        scale = gap / torch.where(pull > 0, pull, 1.0) / min(gap_mn.shape[-2:])
-        return scale * (gap_mn * pull_mn).sum((-2, -1)), pull_mn * (2 * scale)[..., None, None]
+        return half_mn @ right if right.ndim == 3 else half_mn * right.unsqueeze(-2)
 
     def weights(self, chosen: State) -> Tensor:
         """The eigenvalues (rows, r) of the smaller factor (the right of two equal ones), falling, by their sum."""

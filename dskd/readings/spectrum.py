@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..matrices import check_driver, columns, right_singular, tall
+from ..matrices import check_driver, columns, right_singular, right_singular_of_unit, tall, unit_scale, with_norm_of
 from ..sensitivity import Score, check_rank, check_score, selected_count, sensitivity, uniform_weights
 from .own import Own
 from .reading import Reading, State, check_span
@@ -70,18 +70,19 @@ class Spectrum(Reading):
             return former
         sigma_n, _ = right_singular(tall(teacher_mn), self.driver)
         r = min(sigma_n.shape[-1], chosen["start"].shape[-1])
-        ours, theirs = (torch.linalg.vector_norm(sigma[..., :r], dim=-1) for sigma in (chosen["start"], sigma_n))
-        scale = torch.where((ours > 0) & (theirs > 0), ours / torch.where(theirs > 0, theirs, 1.0), 1.0)
-        return {"sigma": scale.unsqueeze(-1) * sigma_n[..., :r]}
+        ours, theirs = chosen["start"][..., :r], sigma_n[..., :r]
+        scaled = with_norm_of(ours.unsqueeze(-2), theirs.unsqueeze(-2)).squeeze(-2)
+        return {"sigma": torch.where(ours[..., :1] > 0, scaled, theirs)}
 
     def value_and_gradient(self, student_mn: Tensor, target: State, chosen: State) -> tuple[Tensor, Tensor]:
         m, n = student_mn.shape[-2:]
-        tall_mn, r = tall(student_mn), target["sigma"].shape[-1]
+        (unit_mn, size), r = unit_scale(tall(student_mn)), target["sigma"].shape[-1]
         weights_k, index_k = chosen["weights"][..., :r].topk(selected_count(self.rank, r))
-        V_nk = columns(right_singular(tall_mn, self.driver)[1], index_k)
-        scaled_left_mk = tall_mn @ V_nk  # sigma_i u_i
+        V_nk = columns(right_singular_of_unit(unit_mn, self.driver)[1], index_k)
+        scaled_left_mk = unit_mn @ V_nk  # sigma_i u_i / size
         sigma_k = torch.linalg.vector_norm(scaled_left_mk, dim=-2)
-        gap_k = sigma_k - target["sigma"].gather(-1, index_k)
-        along_k = 2 * weights_k * gap_k / torch.where(sigma_k > 0, sigma_k, 1.0)
-        gradient_mn = (scaled_left_mk * along_k.unsqueeze(-2)) @ V_nk.mT
-        return (weights_k * gap_k.square()).sum(-1), gradient_mn if m >= n else gradient_mn.mT
+        left_mk = scaled_left_mk / torch.where(sigma_k > 0, sigma_k, 1.0).unsqueeze(-2)
+        gap_k = sigma_k * size.squeeze(-1) - target["sigma"].gather(-1, index_k)
+        pull_k = weights_k * gap_k
+        gradient_mn = (left_mk * (2 * pull_k).unsqueeze(-2)) @ V_nk.mT
+        return (pull_k * gap_k).sum(-1), gradient_mn if m >= n else gradient_mn.mT

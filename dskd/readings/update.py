@@ -67,7 +67,7 @@ class Update(Reading):
         weights_k = chosen["weights"].topk(left.shape[-1]).values
         along_k = (left * ((student_mn - target["teacher"]) @ right)).sum(-2)
         gradient_mn = (left * (2 * weights_k * along_k).unsqueeze(-2)) @ right.mT
-        return (weights_k * along_k.square()).sum(-1), gradient_mn
+        return (weights_k * along_k * along_k).sum(-1), gradient_mn  # 0 times an overflow would be nan
 
     def _directions(self, tall_mn: Tensor, V_nq: Tensor, weights_n: Tensor, like_mn: Tensor) -> State:
         """The selected directions of the tall matrices, largest weight first, turned as those in `like_mn` are."""

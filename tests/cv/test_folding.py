@@ -7,6 +7,7 @@ from torch import nn
 from cv.folding import folded
 from cv.models import MODELS, build_model
 from cv.models.features import Features
+from cv.models.library import build_library_network
 
 
 def trained(network: nn.Module) -> nn.Module:
@@ -41,6 +42,23 @@ def test_every_norm_of_a_resnet_goes_and_its_weights_stay_as_they_are():
     assert norms(folded(network, (3, 32, 32))) == 0
     assert network.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_byobnet", "mobilenetv3_small_050"])
+def test_norms_of_timm_that_have_an_activation_go_and_all_outputs_stay(name):
+    torch.manual_seed(0)
+    network = trained(build_library_network(f"timm/{name}", 10)).double()
+    assert any(type(module).__name__ == "BatchNormAct2d" for module in network.modules())
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    lean = folded(network, (3, 64, 64))
+    assert norms(lean) == 0
+    found, expected = lean.features(images), network.features(images)
+    torch.testing.assert_close(
+        [found.logits, found.pooled, *found.maps],
+        [expected.logits, expected.pooled, *expected.maps],
+        rtol=1e-9,
+        atol=1e-9,
+    )
 
 
 class Twice(nn.Module):

@@ -795,3 +795,72 @@ def test_a_decoupled_loss_needs_a_weight():
     loop = Loop()
     with pytest.raises(ValueError, match="a decoupled loss needs a weight"):
         loop.dskd.attach(loop.optimizer, TOTAL, decoupled=True)
+
+
+# A weight in two pairs
+class Tied(Loop):
+    """The square weight stands beside two teachers."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        pairs = [(name, W, self.teachers[name]) for name, W in self.students.items()]
+        pairs.append(("again", self.students["square"], draw(6, 6, seed=60)))
+        self.dskd = make_loss(pairs, **{"rank": 3, "svd_steps": 4, "grad_steps": 1} | settings)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Lists of tensors are worked on as a GPU may do it: all are read before one is written."""
+
+    def replace(name: str, sign: int) -> None:
+        def act(tensors: list[Tensor], others: list[Tensor], alpha: float) -> None:
+            results = [one + sign * alpha * other for one, other in zip(tensors, others, strict=True)]
+            for one, result in zip(tensors, results, strict=True):
+                one.copy_(result)
+
+        monkeypatch.setattr(torch, name, act)
+
+    replace("_foreach_add_", 1)
+    replace("_foreach_sub_", -1)
+
+
+def by_pair(dskd: DirectionSensitivityLoss) -> dict[str, Tensor]:
+    return {name: D.clone() for name, D in zip(dskd.names, dskd.gradients(), strict=True)}
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["no gradient yet", "beside the task's"])
+@pytest.mark.parametrize("basis", READINGS)
+def test_a_weight_in_two_pairs_gets_both_gradients(basis, started, at_once):
+    loop = Tied(basis=basis)
+    loop.dskd.attach(loop.optimizer, TOTAL, weight=0.3)
+    D, before = by_pair(loop.dskd), loop.weights()
+    task = draw(6, 6, seed=9) if started else torch.zeros(6, 6, dtype=torch.float64)
+    loop.students["square"].grad = task.clone() if started else None
+    loop.optimizer.step()
+    assert_close(loop.students["square"].detach(), before["square"] - 0.05 * (task + 0.3 * (D["square"] + D["again"])))
+    assert_close(loop.students["wide"].detach(), before["wide"] - 0.05 * 0.3 * D["wide"])
+
+
+@pytest.mark.parametrize("basis", READINGS)
+def test_a_decoupled_loss_pulls_a_weight_in_two_pairs_by_both(basis, at_once):
+    loop = Tied(basis=basis)
+    loop.dskd.attach(loop.optimizer, TOTAL, weight=0.3, decoupled=True)
+    D, before = by_pair(loop.dskd), loop.weights()
+    loop.optimizer.step()
+    assert_close(loop.students["square"].detach(), before["square"] - 0.05 * 0.3 * (D["square"] + D["again"]))
+
+
+@pytest.mark.parametrize("settings", [{}, {"grad_steps": 4}], ids=str)
+def test_a_weight_in_two_pairs_is_trained_as_by_the_term_in_the_loss(settings, at_once):
+    term, weight = Tied(**settings), Tied(**settings)
+    term.dskd.attach(term.optimizer, TOTAL)
+    weight.dskd.attach(weight.optimizer, TOTAL, weight=0.1)
+    term.train(11)
+    weight.train(11, share=0.0)
+    assert_alike(term, weight, rtol=1e-9)
+
+
+def test_the_scale_of_a_scaler_counts_for_both_pairs_of_a_weight(at_once):
+    W, (one, other) = nn.Parameter(draw(3, 3, seed=0)), (draw(3, 3, seed=seed) for seed in (1, 2))
+    add_gradient([(W, one), (W, other)], 0.1, torch.tensor(8.0))
+    assert_close(W.grad, 0.8 * (one + other))

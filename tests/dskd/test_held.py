@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from drawn import random
 from losses import loss_of, make_loss, move
 from runs import (
     SHAPES,
@@ -121,6 +122,17 @@ def test_one_matrix_that_moves_is_enough():
         students[1] *= 1.1
     dskd()
     assert dskd.expansions == 2
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e19, 1e30])
+def test_the_drift_of_matrices_of_any_scale_is_noticed(scale):
+    W = nn.Parameter((random(24, 16) * scale).float())
+    dskd = make_loss([("0", W, W.detach() * 2)], 3, 1000, grad_steps=1, drift=0.01)
+    for _ in range(3):
+        dskd.gradients()
+        with dskd.observe(progress=0.5), torch.no_grad():
+            W *= 1.1
+    assert dskd.expansions == 3
 
 
 def test_a_choice_of_directions_renews_the_gradient_whatever_the_drift():

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from cv.models import build_model
-from dskd import DirectionSensitivityLoss, Own, Spectrum, pair_layers
+from dskd import Curvature, DirectionSensitivityLoss, Own, Spectrum, pair_layers
 from dskd.pairing import LayerPairs
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
@@ -220,6 +220,80 @@ def test_attention_of_torch_pairs_its_input_projections_as_one_matrix():
         "v_proj_weight",
         "out_proj",
     ]
+
+
+# ---- recurrent networks ----
+
+
+class Tagger(nn.Module):
+    """An embedding, a recurrent layer and a linear one."""
+
+    def __init__(self, kind: type[nn.Module] = nn.LSTM, layers: int = 1, **settings):
+        super().__init__()
+        self.embedding, self.rnn = nn.Embedding(20, 8), kind(8, 6, layers, batch_first=True, **settings)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(self.rnn(self.embedding(x))[0])
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_every_matrix_of_a_recurrent_layer_pairs_with_that_of_the_same_depth(kind, gates):
+    student, teacher = Tagger(kind), Tagger(kind, 2)
+    pairs = pair_layers(student, teacher)
+    assert names(pairs) == [(name, name) for name in ("rnn.weight_ih_l0", "rnn.weight_hh_l0", "out")]
+    assert pairs[0][1] is student.rnn.weight_ih_l0
+    assert pairs[1][2] is teacher.rnn.weight_hh_l0
+    assert [tuple(W.shape) for _, W, _ in pairs] == [(6 * gates, 8), (6 * gates, 6), (3, 6)]
+    assert reasons(pair_layers(teacher, student)) == {f"rnn.weight_{x}h_l1": "no counterpart" for x in "ih"}
+
+
+def test_both_directions_and_projections_of_a_recurrent_layer_pair():
+    layer = nn.LSTM(4, 6, bidirectional=True, proj_size=3)
+    expected = [f"weight_{which}_l0{way}" for way in ("", "_reverse") for which in ("ih", "hh", "hr")]
+    assert [name for name, _, _ in pair_layers(layer, copy.deepcopy(layer))] == expected
+
+
+def test_cells_pair_in_blocks_and_with_layers_by_a_pattern():
+    student, teacher = (nn.ModuleList(nn.GRUCell(5, 5) for _ in range(depth)) for depth in (2, 4))
+    assert ("1.weight_hh", "3.weight_hh") in names(pair_layers(student, teacher))
+    layer = nn.GRU(5, 5, 2)
+    assert names(pair_layers(student, layer, [("0.weight_hh", "weight_hh_l1")])) == [("0.weight_hh", "weight_hh_l1")]
+    parametrizations.weight_norm(teacher[0], "weight_hh")
+    assert ("0.weight_hh", "0.weight_hh") in names(pair_layers(student, teacher, "names"))
+
+
+def test_recurrent_layers_that_do_not_pair_are_left_out_with_the_reason():
+    student, teacher = Tagger(), Tagger()
+    student.rnn.weight_ih_l0.requires_grad_(False)
+    parametrizations.weight_norm(student.rnn, "weight_hh_l0")
+    assert reasons(pair_layers(student, teacher)) == {
+        "rnn.weight_ih_l0": "frozen (requires_grad is False)",
+        "rnn.weight_hh_l0": "computed from other tensors (a parametrization)",
+    }
+    tied = Tagger(layers=2)
+    tied.rnn.weight_hh_l1 = tied.rnn.weight_hh_l0
+    found = reasons(pair_layers(tied, Tagger(layers=2)))
+    assert found["rnn.weight_hh_l0"] == "shared with rnn.weight_hh_l1"
+    wide = nn.LSTM(8, 3)  # with as many rows as a GRU of 4
+    with pytest.raises(ValueError, match=r"dimensions differ, GRU \(out, in\) beside LSTM \(out, in\): weight_ih_l0"):
+        pair_layers(nn.GRU(8, 4), wide)
+
+
+def test_recurrent_layers_are_drawn_to_the_teachers():
+    torch.manual_seed(0)
+    student, teacher = Tagger(), Tagger()
+    pairs = pair_layers(student, teacher)
+    loss = DirectionSensitivityLoss(pairs, Curvature(), svd_steps=1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    loss.attach(optimizer, total_steps=20, weight=1.0)
+    before = loss().item()
+    for _ in range(20):
+        optimizer.zero_grad()
+        student(torch.randint(20, (4, 5))).square().mean().backward()
+        optimizer.step()
+    assert loss().item() < before / 2
+    assert loss.choices == 20
 
 
 # ---- residual networks ----

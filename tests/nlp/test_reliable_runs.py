@@ -490,6 +490,53 @@ def test_the_first_loss_that_is_not_finite_is_the_last_log_line(tiny, tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize("logging_steps", [1, 10])
+def test_a_loss_that_is_not_finite_before_any_update_is_no_matter_of_the_learning_rate(tiny, tmp_path, logging_steps):  # noqa: F811
+    name = "bert.encoder.layer.1.attention.self.query.weight"  # its outputs stay finite, its squares do not
+    model = changed_model(tiny, tmp_path / "model", lambda weights: {**weights, name: weights[name] * 1e24})
+    words = flags(tiny, tmp_path / "run", "--ifsvd", "--logging_steps", logging_steps, model=model)
+    with pytest.raises(UserError) as caught:
+        execute(words)
+    told = r"the loss is not finite in step 1, before any update: the dskd_loss is (nan|inf); look at the weights of "
+    assert re.match(told + re.escape(str(model)), str(caught.value))
+    assert "learning_rate" not in str(caught.value)
+
+
+def lost_from(step: int):
+    """A `compute_loss` whose loss is no number from this optimizer step on."""
+    compute_loss = DistillationTrainer.compute_loss
+
+    def spoil(model, inputs, outputs):
+        return {**outputs, "loss": outputs["loss"] * float("nan")}
+
+    def lost(trainer, model, *args, **kwargs):
+        if model.training and trainer.state.global_step + 1 >= step:
+            model.register_forward_hook(spoil)
+        return compute_loss(trainer, model, *args, **kwargs)
+
+    return lost
+
+
+@pytest.mark.parametrize(("step", "blamed"), [(1, False), (2, True)])
+def test_the_learning_rate_is_blamed_after_the_first_update_alone(tiny, tmp_path, monkeypatch, step, blamed):  # noqa: F811
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", lost_from(step))
+    words = flags(tiny, tmp_path, "--method", "finetune", "--max_steps", "4", "--gradient_accumulation_steps", "2")
+    with pytest.raises(UserError, match="the task_loss") as caught:
+        execute(words)
+    assert ("lower --learning_rate" in str(caught.value)) == blamed
+
+
+def test_a_first_loss_after_a_predecessor_is_that_of_the_predecessors_weights(tiny, tmp_path, monkeypatch):  # noqa: F811
+    lost, compute_loss = lost_from(1), DistillationTrainer.compute_loss
+    monkeypatch.setattr(
+        DistillationTrainer,
+        "compute_loss",
+        lambda trainer, *rest, **others: (lost if trainer.dskd else compute_loss)(trainer, *rest, **others),
+    )
+    with pytest.raises(UserError, match="in step 1, before any update: the task_loss is nan; look at the predecessor"):
+        execute(flags(tiny, tmp_path, "--finetune_predecessor", "--predecessor_num_train_epochs", "1", "--ifsvd"))
+
+
 def test_a_predecessor_that_diverges_is_told_its_own_flag(tiny, tmp_path):  # noqa: F811
     words = flags(tiny, tmp_path, "--finetune_predecessor", "--predecessor_learning_rate", "1e30")
     with pytest.raises(UserError, match=r"the run diverged.*; lower --predecessor_learning_rate"):

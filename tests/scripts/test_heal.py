@@ -80,3 +80,16 @@ def test_a_run_writes_what_a_table_needs(material, fresh_accelerator, monkeypatc
     assert {name for name in result if name.startswith("perplexity")} == measured
     assert result["last"] == result["best"] < 0
     assert result.get("steps") == (None if "teacher" in words else 1)
+
+
+@pytest.mark.parametrize(
+    ("arm", "told"), [("teacher", "the model is broken"), ("pruned", "broken"), ("kd", "lower --lr")]
+)
+def test_a_perplexity_that_is_not_finite_is_blamed_on_a_training_that_was(
+    material, fresh_accelerator, monkeypatch, arm, told
+):
+    monkeypatch.setattr("examples.heal_causal_lm.measure", lambda *_: (float("nan"), 0.0))
+    flags = f"--model {material}/model --glue {material} --output_dir {material}/run --drop 2 --steps 1 --blocks 8"
+    monkeypatch.setattr(sys, "argv", ["heal.py", *flags.split(), "--arm", arm])
+    with pytest.raises(UserError, match=told):
+        heal.main()

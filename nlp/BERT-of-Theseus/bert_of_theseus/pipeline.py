@@ -48,6 +48,7 @@ from bert_of_theseus.training import (
     DistillationTrainer,
     FollowOptimizerCallback,
     MethodStateCallback,
+    NotFiniteAtStart,
     PatienceCallback,
     RecordCallback,
     ReplacingCallback,
@@ -142,6 +143,14 @@ def _diverged(error: Exception, args, rate: str) -> str:
     """What to change, by what went wrong."""
     if not args.do_train:
         return f"--model_name_or_path {args.model_name_or_path}: {error}; the model is broken"
+    if isinstance(error, NotFiniteAtStart):
+        made_here = args.finetune_predecessor and rate == "--learning_rate"
+        weights = "the predecessor's weights" if made_here else f"the weights of {args.model_name_or_path}"
+        bf16 = ", or use --bf16 instead of --fp16" if args.fp16 else ""
+        return (
+            f"the loss is not finite in step 1, before any update: {error}; look at {weights}, the train set and the "
+            f"settings of the loss{bf16}"
+        )
     advice = [f"lower {rate}"]
     if "dskd_loss" in str(error) or isinstance(error, torch.linalg.LinAlgError):  # it decomposes what is not finite
         advice.append("or --lambda_size")

@@ -70,6 +70,10 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
+class NotFiniteAtStart(FloatingPointError):
+    """A loss that was not finite before any update, in which the learning rate has no part."""
+
+
 class DistillationTrainer(Trainer):
     """Trainer whose training loss is the task's plus `lambda_size` times DSKD's; logs both parts.
 
@@ -105,6 +109,8 @@ class DistillationTrainer(Trainer):
                 self._sums[name] = self._sums.get(name, 0) + value
             self._summed += 1
             self.totals["examples"] += len(inputs["input_ids"]) * self.args.world_size
+            if self.state.global_step == 0:
+                self._check_finite(self._reduced_sums())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -140,6 +146,8 @@ class DistillationTrainer(Trainer):
         """Stop a run whose loss is lost, before it is saved over the last good state (FloatingPointError)."""
         for name in ("task_loss", "dskd_loss", "loss"):  # the part that is the cause comes first
             if not math.isfinite(losses.get(name, 0.0)):
+                if self.state.global_step == 0:
+                    raise NotFiniteAtStart(f"the {name} is {losses[name]}")
                 raise FloatingPointError(f"the {name} at step {self.state.global_step} is {losses[name]}")
 
     def window(self) -> dict:
