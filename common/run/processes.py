@@ -1,4 +1,4 @@
-"""Several processes that torchrun started: what one of them says need not be said by all."""
+"""Several processes: what one of those that torchrun started says need not be said by all; cores to share."""
 
 import os
 import sys
@@ -7,6 +7,11 @@ from datetime import timedelta
 
 from common.run.errors import UserError
 from common.run.stopping import Stopped
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def said_once(main: Callable[[], None]) -> Callable[[], None]:

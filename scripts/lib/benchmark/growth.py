@@ -11,7 +11,7 @@ import torch.distributed as dist
 from common.run.figures import drawn
 from scripts.lib.benchmark import tables
 from scripts.lib.benchmark.method import GLUE, Case, parts, svd_in_every_step
-from scripts.lib.benchmark.timing import medians, summaries, write
+from scripts.lib.benchmark.timing import summaries, write
 
 _LABELS = {
     "size": "columns and rows of a matrix (4 pairs, rank 32)",
@@ -43,7 +43,7 @@ def _seconds(n: int, count: int, rank: int, repeats: int, rival: bool = True) ->
     dskd, works = parts(case)
     if rival:
         works["SVD in every step"] = svd_in_every_step(case, dskd)
-    return medians(summaries(works, repeats))
+    return tables.medians(summaries(works, repeats))
 
 
 def _seconds_with_ranks(ranks: int, n: int, count: int, repeats: int) -> dict[str, float]:

@@ -21,7 +21,7 @@ from dskd.matrices import DRIVERS
 from dskd.readings.curvature import FACTORS
 from scripts.lib.benchmark import tables
 from scripts.lib.benchmark.loops import OurLoop, random_images
-from scripts.lib.benchmark.timing import medians, summaries, write
+from scripts.lib.benchmark.timing import summaries, write
 
 # the defaults of the two programs, by the settings' names
 GLUE = by_name({setting.dest: setting.glue for setting in SETTINGS})
@@ -132,7 +132,7 @@ def measure(case: Case, repeats: int) -> dict:
             works |= {f"{name}, {driver}": found[name] for name in ("choose directions", "expand")}
     works["per-step SVD"] = svd_in_every_step(case, dskd)
     seconds = summaries(works, repeats) | summaries({"step": case.step}, repeats)
-    typical = medians(seconds)
+    typical = tables.medians(seconds)
     cost = cost_per_step(typical, case.settings)
     size = sum(4 * student.numel() for student in dskd.students)
     kept = storages([dskd.state_dict(), [(group.targets, group.former) for group in dskd.groups]])
@@ -180,7 +180,7 @@ def _along_the_curvature(case: Case, repeats: int) -> dict:
     }
     # the step by itself and last: it clears the gradients, of which the curvature is made
     seconds = summaries(works, repeats) | summaries({"step": case.step}, repeats)
-    typical, shares = medians(seconds), {}
+    typical, shares = tables.medians(seconds), {}
     for factors in FACTORS:
         of_these = {name.removesuffix(f", {factors}"): value for name, value in typical.items()}
         for every in (1, 2, 4, 8):

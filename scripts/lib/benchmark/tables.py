@@ -30,7 +30,7 @@ def method(results: Results) -> str:
     """DSKD's share of a training step, and what it consists of."""
     rows = []
     for result in results["results"]:
-        settings, seconds = result["settings"], _medians(result["seconds"])
+        settings, seconds = result["settings"], medians(result["seconds"])
         expansion, choice = _number(seconds["expand"]), _number(seconds["choose directions"])
         kept, peak = result["kept_copies_of_matched_weights"], result["copies_at_the_peak_of_a_refresh"]
         rows.append(
@@ -148,7 +148,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Results], str]]] = {
 }
 
 
-def _medians(seconds: Results) -> dict[str, float]:
+def medians(seconds: Results) -> dict[str, float]:
+    """Of summaries by name (timing.py)."""
     return {name: found["median"] for name, found in seconds.items()}
 
 

@@ -40,10 +40,6 @@ def summaries(works: Mapping[str, Callable[[], object]], repeats: int, warmup: i
     return {name: summary(values) for name, values in interleaved(works, repeats, warmup).items()}
 
 
-def medians(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    return {name: values["median"] for name, values in seconds.items()}
-
-
 def write(name: str, results: dict, folder: Path) -> Path:
     """results/benchmark/<name>.json with the device, threads, versions and revision beside the figures."""
     path = folder / f"{name}.json"

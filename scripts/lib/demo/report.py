@@ -11,6 +11,7 @@ from pathlib import Path
 from common.run.figures import drawn
 from common.run.files import write_text
 from scripts.lib.demo.runs import Run, shown
+from scripts.lib.tables.render import mean_text
 
 _BLUE, _GREY = "#2f6f9f", "#7a8794"
 
@@ -96,7 +97,7 @@ def write_part(folder: Path, part: Part) -> str:
         last, result = runs[-1].folder / "student", read_result(runs[-1].folder)
         latency = text_latency(last, part.texts) if part.texts else image_latency(last)
         parameters, size = f"{result['parameters'] / 1e6:.2f} M", f"{size_mb(last):.1f} MB"
-        metric, seeds = _spread(part.values(label), part.digits), str(len(runs))
+        metric, seeds = mean_text(part.values(label), part.digits), str(len(runs))
         rows.append([label, metric, seeds, parameters, size, f"{latency:.1f} ms"])
     if part.texts:
         rows.insert(1, ["majority", f"{read_result(part.teachers[0].folder)['majority']:.{part.digits}f}", *[""] * 4])
@@ -109,7 +110,7 @@ def write_part(folder: Path, part: Part) -> str:
     pairs = zip(part.values(without), part.values(with_dskd), strict=True)
     differences = [ours - theirs for theirs, ours in pairs]
     better = sum(difference > 0 for difference in differences)
-    said = f"{with_dskd} minus {without}: {_spread(differences, part.digits, '+')}"
+    said = f"{with_dskd} minus {without}: {mean_text(differences, part.digits, '+')}"
     said += f", higher in {better} of {len(differences)} seeds"
     return "\n".join([text, said, *_next_steps(part, part.students[with_dskd][0])]) + "\n"
 
@@ -126,12 +127,6 @@ def _next_steps(part: Part, run: Run) -> list[str]:
     return [
         f"report:  python scripts/report.py {shown(run.folder)}", f"load:    {load}", f"predict: python {predict}",
     ]  # fmt: skip
-
-
-def _spread(values: list[float], digits: int, sign: str = "") -> str:
-    """Mean ± sample standard deviation, which a single run does not have."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{sign}.{digits}f}{deviation}"
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:

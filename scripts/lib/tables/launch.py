@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from common import ROOT
 from common.run.errors import UserError
+from common.run.processes import cores
 from scripts.lib.tables.plan import Run, short
 
 LOG = "log.txt"
@@ -153,12 +154,11 @@ def _executor(launcher: str, options: Mapping[str, Any], logs: Path):
 def _environment(launcher: str, options: Mapping[str, Any], jobs: int, slot: int) -> dict[str, str]:
     """Processor cores shared among the jobs, unless the user has set the threads; GPUs taken in turn."""
     if launcher == "slurm":
-        cores = options.get("slurm_cpus_per_task", options.get("cpus_per_task", 1))
-        return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        of_a_task = options.get("slurm_cpus_per_task", options.get("cpus_per_task", 1))
+        return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(of_a_task))}
     gpus = _gpus()
     return {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(cores // jobs, 1))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(cores() // jobs, 1))),
         "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)] if gpus else "",
     }
 

@@ -1,6 +1,7 @@
 """A summary as Markdown, and on demand as LaTeX and CSV."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -83,6 +84,12 @@ def latex(table: Table, summary: pd.DataFrame) -> str:
 def spread_text(mean: float, std: float) -> str:
     """`mean ± standard deviation`, which a single run does not have."""
     return _number(mean) + (f" ± {std:.2f}" if not math.isnan(std) else "")
+
+
+def mean_text(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """`mean ± sample standard deviation`, which a single value does not have."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.{digits}f}{deviation}"
 
 
 def _references(table: Table, summary: pd.DataFrame) -> dict[str, str]:
