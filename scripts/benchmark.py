@@ -4,7 +4,7 @@ python scripts/benchmark.py startup     seconds of --help and to a first trainin
 python scripts/benchmark.py method      DSKD's share of a training step, and against an SVD in every step
 python scripts/benchmark.py curvature   the same for the basis curvature, which is renewed in every step
 python scripts/benchmark.py growth      how DSKD's cost grows with matrices, rank, pairs and processes
-python scripts/benchmark.py cv          images per second and memory beside the toolkits' loop (of CIFAR-100 or random)
+python scripts/benchmark.py cv          speed and memory beside the toolkits' loop, parts of a step, runs at once
 python scripts/benchmark.py nlp         examples per second and metric beside the GLUE example's loop (needs GLUE)
 python scripts/benchmark.py all         all of these
 python scripts/benchmark.py exactness   how right a held gradient stays in real runs: takes long, no part of all
@@ -31,7 +31,7 @@ PARTS = {
     "method": ("method:run", ()),
     "curvature": ("method:run_curvature", ()),
     "growth": ("growth:run", ()),
-    "cv": ("loops:run", ("cifar100",)),
+    "cv": ("cifar:run", ("cifar100",)),
     "nlp": ("glue:run", ("glue", "model", "tasks", "seeds", "block", "precision")),
     "exactness": ("exactness:run", ("cifar100", "glue", "model")),
 }

@@ -69,7 +69,7 @@ step doctor 60 "$PYTHON" -m dskd doctor
 step tests 150 "$PYTHON" -m pytest -q -m gpu "${tests[@]}"
 step method 120 "${benchmark[@]}" method "${measure[@]}"
 step curvature 60 "${benchmark[@]}" curvature "${measure[@]}"
-step cv 90 "${benchmark[@]}" cv --cifar100 "${DATA:-random}" "${measure[@]}"
+step cv 150 "${benchmark[@]}" cv --cifar100 "${DATA:-random}" "${measure[@]}"
 # the teacher comes first, all else of the pair needs it
 [[ $DATA ]] && step table "$BUDGET" "$PYTHON" scripts/reproduce.py cifar100 "${table[@]}" ${QUICK:+--smoke}
 

@@ -1,7 +1,9 @@
 """scripts/benchmark.py with --quick: every part writes the figures that the pages cite, and prints its table."""
 
 import json
+import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,26 +65,68 @@ def test_curvature_writes_its_share_of_a_step_for_every_setting(execute):
 
 
 def test_cv_writes_speed_and_memory_of_both_loops_in_both_precisions(execute, monkeypatch):
-    from scripts.lib.benchmark import loops
+    from scripts.lib.benchmark import cifar, loops
 
-    monkeypatch.setattr(loops, "load_dataset", lambda name, root: loops.random_images(32))
+    monkeypatch.setattr(cifar, "load_dataset", lambda name, root: loops.random_images(32))
     monkeypatch.setattr(loops, "peak_memory_apart", lambda loop, precision, *_: len(loop + precision))
+    at_once = []
+    monkeypatch.setattr(loops, "at_once", lambda pools, threads, *_: at_once.append((len(pools), threads)))
     written, lines = execute("cv")
+    number = written["runs_at_once"]
+    assert set(at_once) == {(1, number), (number, 1)}
     for result in written["precisions"].values():
         rates = result["images_per_second"]
         assert rates["ours"].keys() == rates["plain"].keys() == SUMMARY
         assert result["ratio"] == pytest.approx(rates["ours"]["median"] / rates["plain"]["median"])
         assert result["peak_memory_bytes"] == {"ours": 8, "plain": 9}
-    assert [(row[0], *row[-2:]) for row in rows(lines)] == [(name, "0", "0") for name in ("fp32", "bf16")]
+        together = result["runs"]["images_per_second"]
+        assert result["runs"]["ratio"] == pytest.approx(together["many"]["median"] / together["one"]["median"])
+        share, seconds = result["step"]["share"], result["step"]["seconds"]
+        assert list(share) == ["data", "teacher", "student", "backward", "optimizer", "DSKD"]
+        assert sum(share.values()) == pytest.approx(1)
+        dskd = seconds["held"] + seconds["expand"] + seconds["choose directions"] / 100
+        assert share["DSKD"] / share["student"] == pytest.approx(dskd / seconds["student"])
+    assert [(row[0], *row[-2:]) for row in rows(lines[:4])] == [(name, "0", "0") for name in ("fp32", "bf16")]
+    assert [row[0] for part in (lines[5:9], lines[10:14]) for row in rows(part)] == ["fp32", "bf16"] * 2
 
 
 def test_cv_needs_no_data(execute, monkeypatch):
-    from scripts.lib.benchmark import loops
+    from scripts.lib.benchmark import cifar, loops
 
-    monkeypatch.setattr(loops, "load_dataset", lambda *_: pytest.fail("looked for data"))
+    monkeypatch.setattr(cifar, "load_dataset", lambda *_: pytest.fail("looked for data"))
+    monkeypatch.setattr(cifar, "build", lambda *_: SimpleNamespace(run=lambda steps: None))
+    monkeypatch.setattr(cifar, "shares", lambda *_: {"share": {"data": 1.0}})
     monkeypatch.setattr(loops, "peak_memory_apart", lambda *_: 1)
+    monkeypatch.setattr(loops, "at_once", lambda *_: None)
     written, _ = execute("cv", "--cifar100", "random")
     assert written["case"].endswith(", random images")
+
+
+def test_the_parts_of_a_step_are_a_step(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from scripts.lib.benchmark.cifar import step_parts
+    from scripts.lib.benchmark.loops import build, random_images
+
+    data = random_images(8)
+    whole, in_parts = (build("ours", data, 4, "fp32") for _ in range(2))
+    whole.run(2)
+    works = step_parts(in_parts)
+    for work in [*works.values()] * 2:
+        work()
+    state = in_parts.kd.student.state_dict()
+    for name, expected in whole.kd.student.state_dict().items():
+        torch.testing.assert_close(state[name], expected)
+
+
+def test_runs_at_once_are_processes_with_their_own_threads():
+    from scripts.lib.benchmark.loops import at_once, processes
+
+    pools = processes(2)
+    assert len({os.getpid(), *(pool.submit(os.getpid).result() for pool in pools)}) == 3
+    at_once(pools[:1], threads=3, steps=1, batch=2, precision="fp32")  # in one alone: a process takes seconds to start
+    assert pools[0].submit(torch.get_num_threads).result() == 3
+    for pool in pools:
+        pool.shutdown(wait=False)
 
 
 def test_memory_is_that_of_the_loop_and_not_of_the_measuring_process(monkeypatch):

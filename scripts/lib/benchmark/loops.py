@@ -1,10 +1,12 @@
-"""Images per second and peak memory of the CIFAR loop beside the plain loop of the toolkits, taking turns."""
+"""The CIFAR loop and the plain loop of the toolkits, here or in processes of their own.
+
+Those import this module alone: the tables need more.
+"""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from itertools import count
-from pathlib import Path
+from functools import cache
+from itertools import count, islice
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 from common.run.record import peak_memory_bytes
 from common.torchvision_repair import repair_torchvision
 from cv.config import load_config
-from cv.data import Augment, DataSets, EpochLoader, ImageSet, load_dataset
+from cv.data import Augment, DataSets, EpochLoader, ImageSet
 from cv.folding import folded
 from cv.methods import build_distiller
 from cv.methods.kd import kd_loss
 from cv.models import build_model
-from scripts.lib.benchmark import tables
-from scripts.lib.benchmark.timing import interleaved, summary, write
+from scripts.lib.benchmark.timing import synchronize
 
 RECIPE = "configs/cifar100/kd/res56_res20.yaml"
 LOOPS = ("ours", "plain")
@@ -41,15 +42,18 @@ class OurLoop:
         self.batches = (images for epoch in count() for images in loader.epoch(epoch))
         self.optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 
-    def loss(self) -> Tensor:
-        """Of the next batch."""
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-            return sum(self.kd(*next(self.batches))[1].values())
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
+
+    def loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Of images (B, C, H, W), labels (B,) and indices (B,)."""
+        with self.autocast():
+            return sum(self.kd(*batch)[1].values())
 
     def run(self, steps: int) -> None:
-        for _ in range(steps):
+        for batch in islice(self.batches, steps):
             self.optimizer.zero_grad(set_to_none=True)
-            self.loss().backward()
+            self.loss(batch).backward()
             self.optimizer.step()
 
 
@@ -117,41 +121,42 @@ def random_images(number: int, size: int = 32) -> DataSets:
     return DataSets(images, images, None, (0.5,) * 3, (0.25,) * 3, Augment(padding=4, flip=True))
 
 
+def processes(number: int) -> list[ProcessPoolExecutor]:
+    """New ones, each in a pool of its own, so that all get work alike; they start with the first of it."""
+    return [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(number)]
+
+
+def at_once(pools: list[ProcessPoolExecutor], threads: int, steps: int, batch: int, precision: str) -> None:
+    """Steps of our loop in all of some processes together, each with its own threads, networks and images."""
+    for job in [pool.submit(_steps, threads, steps, batch, precision) for pool in pools]:
+        job.result()
+
+
+def _steps(threads: int, steps: int, batch: int, precision: str) -> None:
+    torch.set_num_threads(threads)
+    _own_loop(steps, batch, precision).run(steps)
+    synchronize()
+
+
+@cache
+def _own_loop(steps: int, batch: int, precision: str) -> OurLoop:
+    return build("ours", random_images(steps * batch), batch, precision)
+
+
 def peak_memory_apart(loop: str, precision: str, batch: int, steps: int, images: int = CIFAR_IMAGES) -> int:
     """Peak memory (bytes) of a new process that takes some steps: allocated on the GPU, resident without one.
 
     The plain loop has no workers there, so that all that it needs is counted.
     """
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=repair_torchvision) as process:
+    (process,) = processes(1)
+    with process:
         return process.submit(_peak_memory, loop, precision, batch, steps, images).result()
 
 
 def _peak_memory(loop: str, precision: str, batch: int, steps: int, images: int) -> int:
+    repair_torchvision()  # the plain loop takes it
     data = random_images(images)
     trained = build(loop, data, batch, precision, workers=0)
     del data  # the plain loop has made its own copy
     trained.run(steps)
     return peak_memory_bytes()
-
-
-def run(folder: Path, quick: bool, root: str) -> str:
-    """KD of ResNet20 from ResNet56 at batch 64 in both precisions; returns the table."""
-    batch, steps, images = (8, 1, 64) if quick else (64, 20, CIFAR_IMAGES)
-    data = random_images(images) if root == "random" else load_dataset("cifar100", root)
-    loops = {(loop, precision): build(loop, data, batch, precision) for precision in PRECISIONS for loop in LOOPS}
-    seconds = interleaved({key: partial(loop.run, steps) for key, loop in loops.items()}, 1 if quick else 7)
-    rates = {key: summary([steps * batch / value for value in values]) for key, values in seconds.items()}
-    memory = {key: peak_memory_apart(*key, batch, steps, images) for key in loops}
-    results = {
-        precision: {
-            "images_per_second": {loop: rates[loop, precision] for loop in LOOPS},
-            "ratio": rates["ours", precision]["median"] / rates["plain", precision]["median"],
-            "peak_memory_bytes": {loop: memory[loop, precision] for loop in LOOPS},
-        }
-        for precision in PRECISIONS
-    }
-    case = f"KD, ResNet56 -> ResNet20, batch {batch}" + ", random images" * (root == "random")
-    found = {"case": case, "precisions": results}
-    path = write("cv", found, folder)
-    return f"{tables.cv(found)}\n\n{path}"

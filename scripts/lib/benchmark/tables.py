@@ -116,6 +116,26 @@ def cv(results: Results) -> str:
     return table(rows)
 
 
+def step(results: Results) -> str:
+    """The parts of a step of our CIFAR loop, in percent of the step."""
+    rows = []
+    for precision, result in results["precisions"].items():
+        shares = {part: f"{100 * share:.1f}%" for part, share in result["step"]["share"].items()}
+        rows.append({"precision": precision, **shares})
+    return table(rows)
+
+
+def runs(results: Results) -> str:
+    """Images per second of one run with all cores and of as many runs as there are cores."""
+    rows, number = [], results["runs_at_once"]
+    names = {"one": f"one run, {number} threads", "many": f"{number} runs at once, one thread each"}
+    for precision, result in results["precisions"].items():
+        found = result["runs"]
+        rates = {f"{names[kind]}: images a second": _spread(x, 0) for kind, x in found["images_per_second"].items()}
+        rows.append({"precision": precision, **rates, "ratio": f"{found['ratio']:.2f}"})
+    return table(rows)
+
+
 def nlp(results: Results) -> str:
     """Examples per second and metric of both loops."""
     rows = []
@@ -143,6 +163,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Results], str]]] = {
     "exactness": ("exactness", exactness),
     "drivers": ("exactness", drivers),
     "cv": ("cv", cv),
+    "step": ("cv", step),
+    "runs": ("cv", runs),
     "nlp": ("nlp", nlp),
     "startup": ("startup", startup),
 }
