@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import sys
 from types import SimpleNamespace
 
@@ -157,8 +158,21 @@ def test_nlp_writes_speed_padding_and_metric_of_both_loops(execute, glue_run, mo
     assert result["tokens_per_example"]["ours"] < result["tokens_per_example"]["plain"] == 32
     assert rates["ours"]["repeats"] == rates["plain"]["repeats"] == 2  # a warm-up and one timed block for every seed
     assert result["metric"] == "accuracy"
-    assert all(len(result[key][loop]) == 2 for key in ("dev_metric", "dev_loss") for loop in ("ours", "plain"))
-    assert [row[0] for row in rows(lines)] == ["RTE"]
+    trainings = ["ours", "plain", "plain, equal time"]
+    assert all(list(result[key]) == trainings for key in ("dev_metric", "dev_loss"))
+    assert all(len(values) == 2 for key in ("dev_metric", "dev_loss") for values in result[key].values())
+    (row,) = rows(lines)
+    found = [[100 * value for value in result["dev_metric"][name]] for name in trainings]
+    assert row[0] == "RTE"
+    assert row[-3:] == [f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" for values in found]
+
+
+def test_the_plain_loop_takes_the_steps_that_fit_into_our_time(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from scripts.lib.benchmark.glue import equal_time_steps
+
+    assert equal_time_steps({"ours": [1.0, 3.0], "plain": [4.0, 6.0]}, steps=56) == 22
+    assert equal_time_steps({"ours": [1.0], "plain": [100.0]}, steps=56) == 1
 
 
 def test_nlp_looks_at_the_data_of_all_tasks_before_the_first_training(execute, glue_run, monkeypatch):
@@ -181,15 +195,16 @@ def test_nlp_refuses_a_number_of_seeds_below_one(execute, glue_run):
         execute("nlp", *glue_run, "--seeds", "0")
 
 
-def test_both_glue_loops_take_the_same_steps_from_the_same_weights(monkeypatch, execute, tmp_path, glue_run):
+def test_the_glue_loops_take_their_steps_from_the_same_weights(monkeypatch, execute, tmp_path, glue_run):
     from scripts.lib.benchmark import glue
 
-    starts, steps = [], []
+    starts, steps, planned = [], [], []
 
     class Watched(glue.PlainGlue):
-        def __init__(self, model, *arguments, **settings):
+        def __init__(self, model, data, batch, rate, total_steps, bf16):
             starts.append([p.detach().clone() for p in model.parameters()])
-            super().__init__(model, *arguments, **settings)
+            planned.append(total_steps)
+            super().__init__(model, data, batch, rate, total_steps, bf16)
 
         def run(self, count):
             steps.append(count)
@@ -206,9 +221,12 @@ def test_both_glue_loops_take_the_same_steps_from_the_same_weights(monkeypatch, 
     monkeypatch.setattr(glue, "LENGTH", 32)
     monkeypatch.setattr(glue, "PlainGlue", Watched)
     monkeypatch.setattr(glue, "Turns", WatchedTurns)
+    monkeypatch.setattr(glue, "equal_time_steps", lambda seconds, steps: 10 * steps + len(seconds["plain"]))
     execute("nlp", *glue_run, "--seeds", "1", "--precision", "fp32")
-    assert all(torch.equal(plain, ours) for plain, ours in zip(*starts, strict=True))
-    assert steps == [1, 1]
+    assert len(starts) == 3
+    assert all(torch.equal(first, other) for first, *others in zip(*starts, strict=True) for other in others)
+    assert steps == [1, 1, 21]  # two blocks of one step, of which one is timed
+    assert planned == [2, 21]
 
 
 def test_sampled_batches_are_whole_batches_of_the_epoch_and_differ(monkeypatch):

@@ -1,12 +1,13 @@
 """Examples per second of the GLUE loop beside the plain loop of the transformers example, and the metric of both.
 
 Both fine-tune the same encoder from the same start at equal batch size, precision, optimizer and schedule. Their timed
-steps are one training, so that its end gives the metric that each loop reaches with the same number of steps.
+steps are one training, so that its end gives the metric that each loop reaches with the same number of steps. The
+plain loop then trains once more, from the same start for as many steps as fit into the time of ours.
 """
 
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from scripts.lib.benchmark.timing import summary, write
 
 BATCH, LENGTH, LEARNING_RATE = 32, 128, 1e-4
 BLOCKS = 7  # of a training; the first one is the warm-up
+TRAININGS = ("ours", "plain", "plain, equal time")
 
 
 def run(
@@ -60,9 +62,12 @@ def _arguments(data: Path, model: str, seed: int, precision: str, batch: int, st
 def _train(
     data: Path, model: str, seed: int, precision: str, *, batch: int, blocks: int, block: int, dev_examples: int | None
 ) -> dict[str, dict]:
-    """One training by each loop, block by block in turns: seconds of the blocks, tokens, metric and loss of both.
+    """One training by each loop, block by block in turns, then one by the plain loop that takes as long as ours.
 
     dev_examples: how many to evaluate on, None for all.
+
+    Returns:
+        Seconds of the timed blocks and tokens of an example by loop; metric and loss by training.
     """
     steps = blocks * block
     args = _arguments(data, model, seed, precision, batch, steps)
@@ -72,17 +77,17 @@ def _train(
     with tempfile.TemporaryDirectory() as folder:
         setup = training_arguments(args, Path(folder), save_strategy="no")
         models = {}
-        for loop in ("ours", "plain"):
-            set_seed(seed)  # the new classifier of both is drawn alike
+        for name in TRAININGS:
+            set_seed(seed)  # the new classifier of all is drawn alike
             tokenizer, loaded = load_model(args, task)
-            models[loop] = loaded.to(setup.device)
+            models[name] = loaded.to(setup.device)
         length = max_length(args, models["ours"])
         dev = sets[task.dev_sets[0]]
         dev = tokenize(dev.subset(range(len(dev))[:dev_examples]), tokenizer, length)
         train = tokenize(sets["train"], tokenizer, length)
         same = {"args": setup, "train_dataset": train, "processing_class": tokenizer}
         same |= {"data_collator": collator(tokenizer), "compute_metrics": metrics_function(task)}
-        trainers = {loop: SampledTrainer(model=model, **same) for loop, model in models.items()}
+        trainers = {name: SampledTrainer(model=model, **same) for name, model in models.items()}
         for trainer in trainers.values():
             trainer.remove_callback(PrinterCallback)
         padded = tokenize(sets["train"], tokenizer, length, pad_to_max_length=True)
@@ -90,16 +95,25 @@ def _train(
         turns = Turns(plain.run, block)
         trainers["ours"].add_callback(turns)
         trainers["ours"].train()
-        scores = {loop: trainer.evaluate(dev) for loop, trainer in trainers.items()}
+        seconds = {loop: values[1:] for loop, values in turns.seconds.items()}
+        fitting = equal_time_steps(seconds, steps)
+        PlainGlue(models["plain, equal time"], padded, batch, LEARNING_RATE, fitting, bf16=args.bf16).run(fitting)
+        scores = {name: trainer.evaluate(dev) for name, trainer in trainers.items()}
     # all examples of a batch are padded to its longest
     tokens = np.mean([train.lengths[batch].max() for batch in trainers["ours"].sampled.chosen])
     return {
-        "seconds": {loop: seconds[1:] for loop, seconds in turns.seconds.items()},
+        "seconds": seconds,
         "tokens": {"ours": float(tokens), "plain": float(length)},
-        "metric": {loop: score[f"eval_{task.primary}"] for loop, score in scores.items()},
-        "loss": {loop: score["eval_loss"] for loop, score in scores.items()},
+        "equal_time_steps": fitting,
+        "metric": {name: score[f"eval_{task.primary}"] for name, score in scores.items()},
+        "loss": {name: score["eval_loss"] for name, score in scores.items()},
         "metric_name": task.primary,
     }
+
+
+def equal_time_steps(seconds: Mapping[str, Sequence[float]], steps: int) -> int:
+    """Steps of the plain loop in the time of `steps` of ours, at least one; seconds: of equal blocks of both loops."""
+    return max(1, int(steps * sum(seconds["ours"]) / sum(seconds["plain"])))
 
 
 def _task_results(runs: list[dict], examples: int) -> dict:
@@ -111,6 +125,7 @@ def _task_results(runs: list[dict], examples: int) -> dict:
         "ratio": rates["ours"]["median"] / rates["plain"]["median"],
         "tokens_per_example": {loop: float(np.mean([run["tokens"][loop] for run in runs])) for loop in loops},
         "metric": runs[0]["metric_name"],
-        "dev_metric": {loop: [run["metric"][loop] for run in runs] for loop in loops},
-        "dev_loss": {loop: [run["loss"][loop] for run in runs] for loop in loops},
+        "equal_time_steps": [run["equal_time_steps"] for run in runs],
+        "dev_metric": {name: [run["metric"][name] for run in runs] for name in TRAININGS},
+        "dev_loss": {name: [run["loss"][name] for run in runs] for name in TRAININGS},
     }

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from scripts.lib.tables.forest import Row, compare
-from scripts.lib.tables.render import interval_text
+from scripts.lib.tables.render import interval_text, mean_text
 
 Results = Mapping[str, Any]  # what a file of results/benchmark has
 RUNS = {"cv": "CIFAR", "nlp": "RTE"}
@@ -137,13 +137,14 @@ def runs(results: Results) -> str:
 
 
 def nlp(results: Results) -> str:
-    """Examples per second and metric of both loops."""
+    """Examples per second of both loops, metric of all trainings: mean ± standard deviation over the seeds."""
     rows = []
     for task, result in results["tasks"].items():
         measured = result["examples_per_second"].items()
         rates = {f"{loop}, examples a second": _spread(found, 1) for loop, found in measured}
         tokens = f"{result['tokens_per_example']['ours']:.0f}"
-        metrics = {f"{loop}, metric": f"{100 * sum(x) / len(x):.1f}" for loop, x in result["dev_metric"].items()}
+        found = result["dev_metric"].items()
+        metrics = {f"{name}, metric": mean_text([100 * x for x in values], 1) for name, values in found}
         rows.append(
             {"task": task, **rates, "ours / plain": f"{result['ratio']:.2f}", "ours, tokens": tokens, **metrics}
         )
