@@ -76,7 +76,7 @@ def main() -> None:
     student, kept = (teacher, []) if args.arm == "teacher" else pruned(teacher, blocks[:1], args.drop, "even")
     training = blocks[torch.randperm(len(blocks))[: args.blocks]]
     result = {} if args.arm in ("teacher", "pruned") else train(student, teacher, kept, training, args)
-    perplexities = {f"perplexity_{kind}": measure(student, blocks)[0] for kind, blocks in tests.items()}
+    perplexities = {f"perplexity_{kind}": measure(student, text)[0] for kind, text in tests.items()}
     if not all(map(math.isfinite, perplexities.values())):
         untrained = f"--model {args.model}: its outputs are not finite, before any training; the model is broken"
         trained = f"the training has diverged; lower --lr {args.lr:g} or --weight {args.weight:g}"
