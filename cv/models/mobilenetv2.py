@@ -26,7 +26,7 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and in_channels == channels
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.project(F.relu(self.depthwise(F.relu(self.expand(x)))))
+        out = self.project(F.relu_(self.depthwise(F.relu_(self.expand(x)))))
         return x + out if self.residual else out
 
 

@@ -25,8 +25,8 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Identity() if same else conv_bn(in_channels, channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return self.bn2(self.conv2(out)) + self.shortcut(x)
+        out = self.bn2(self.conv2(F.relu_(self.bn1(self.conv1(x)))))
+        return out.add_(self.shortcut(x))
 
 
 class ResNet(Network):

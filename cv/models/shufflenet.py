@@ -31,8 +31,8 @@ class UnitV1(nn.Module):
         self.expand = conv_bn(made // 4, made, 1, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.channel_shuffle(F.relu(self.reduce(x)), self.groups)
-        out = self.expand(F.relu(self.depthwise(out)))
+        out = F.channel_shuffle(F.relu_(self.reduce(x)), self.groups)
+        out = self.expand(F.relu_(self.depthwise(out)))
         return out + x if self.stride == 1 else torch.cat((out, F.avg_pool2d(x, 3, stride=2, padding=1)), 1)
 
 
@@ -49,7 +49,7 @@ class DownUnitV2(nn.Module):
         self.right = nn.Sequential(conv_bn(half, half, 3, stride=2, groups=half), conv_bn(half, half, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.channel_shuffle(torch.cat((self.left(x), self.right(F.relu(self.reduce(x)))), 1), 2)
+        return F.channel_shuffle(torch.cat((self.left(x), self.right(F.relu_(self.reduce(x)))), 1), 2)
 
 
 class UnitV2(nn.Module):
@@ -63,7 +63,7 @@ class UnitV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kept, changed = x.chunk(2, 1)  # `kept` is not negative, so that the stage's ReLU leaves it alone
-        return F.channel_shuffle(torch.cat((kept, self.right(F.relu(self.reduce(changed)))), 1), 2)
+        return F.channel_shuffle(torch.cat((kept, self.right(F.relu_(self.reduce(changed)))), 1), 2)
 
 
 class ShuffleNet(Network):

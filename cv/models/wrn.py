@@ -23,7 +23,7 @@ class PreactBlock(nn.Module):
         """The output, and x after `bn1` with and without its ReLU: the latter two show the layer before."""
         preact = self.bn1(x)
         activated = F.relu(preact)
-        out = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        out = self.conv2(F.relu_(self.bn2(self.conv1(activated))))
         return out + (x if self.shortcut is None else self.shortcut(activated)), activated, preact
 
 
