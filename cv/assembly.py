@@ -9,6 +9,7 @@ from yacs.config import CfgNode
 
 from common.run.errors import UserError
 from cv.blocks import copy_from_teacher
+from cv.compiling import compile_features
 from cv.data import DataSets
 from cv.data.memory import memory_is_short
 from cv.dskd import layer_map, layer_pairs
@@ -83,7 +84,7 @@ def build(cfg: CfgNode, data: DataSets, accelerator: Accelerator) -> Built:
         distiller.teacher, distiller.more_teachers = lean[0], nn.ModuleList(lean[1:])
     if cfg.SOLVER.COMPILE:
         for network in filter(None, (student, distiller.teacher, *distiller.more_teachers)):
-            network.features = torch.compile(network.features)
+            compile_features(network)
     return Built(distiller, pairs, teachers, of_student)
 
 

@@ -66,7 +66,7 @@ def defaults() -> CfgNode:
     cfg.SOLVER.CHANNELS_LAST = True  # NHWC memory layout of images and weights (bool)
     cfg.SOLVER.SYNC_BN = False  # batch statistics of all processes together: several train as one does (bool)
     cfg.SOLVER.DETERMINISTIC = False  # the same bits in every run on one GPU, slower; as on a CPU (bool)
-    cfg.SOLVER.COMPILE = False  # torch.compile of student and teacher; pays on long runs (bool)
+    cfg.SOLVER.COMPILE = False  # torch.compile, on a GPU CUDA graphs, of student and teacher (bool)
 
     cfg.DSKD = CfgNode()
     cfg.DSKD.ENABLED = False  # add the DSKD loss to the method's (bool)

@@ -7,6 +7,7 @@ python scripts/benchmark.py growth      how DSKD's cost grows with matrices, ran
 python scripts/benchmark.py cv          speed and memory beside the toolkits' loop, parts of a step, runs at once
 python scripts/benchmark.py nlp         speed and metric beside the GLUE example's loop, in equal time, too (needs GLUE)
 python scripts/benchmark.py all         all of these
+python scripts/benchmark.py compiled    the CIFAR loop with and without SOLVER.COMPILE: takes minutes, no part of all
 python scripts/benchmark.py exactness   how right a held gradient stays in real runs: takes long, no part of all
 python scripts/benchmark.py render      measures nothing: the tables of docs/performance.md anew from the files
 """
@@ -33,9 +34,10 @@ PARTS = {
     "growth": ("growth:run", ()),
     "cv": ("cifar:run", ("cifar100",)),
     "nlp": ("glue:run", ("glue", "model", "tasks", "seeds", "block", "precision")),
+    "compiled": ("cifar:run_compiled", ()),
     "exactness": ("exactness:run", ("cifar100", "glue", "model")),
 }
-ALL = [name for name in PARTS if name != "exactness"]
+ALL = [name for name in PARTS if name not in ("compiled", "exactness")]
 
 
 def build_parser() -> Parser:

@@ -11,7 +11,7 @@
 # BUDGET   seconds for everything (480)
 # OUT      folder of the figures, logs and runs (results/gpu)
 # JOBS     runs of the table at once (2)
-# STEPS    those of "doctor tests method curvature cv table" to take (all)
+# STEPS    those of "doctor tests method curvature cv compiled table" to take (all)
 # QUICK=1  tiny sizes, to see that it runs
 # DRY_RUN=1  print the commands alone
 # PYTHON   (python)
@@ -22,7 +22,7 @@ DATA=${DATA:-}
 BUDGET=${BUDGET:-480}
 OUT=${OUT:-results/gpu}
 JOBS=${JOBS:-2}
-STEPS=${STEPS:-doctor tests method curvature cv table}
+STEPS=${STEPS:-doctor tests method curvature cv compiled table}
 QUICK=${QUICK:-}
 DRY_RUN=${DRY_RUN:-}
 PYTHON=${PYTHON:-python}
@@ -70,6 +70,7 @@ step tests 150 "$PYTHON" -m pytest -q -m gpu "${tests[@]}"
 step method 120 "${benchmark[@]}" method "${measure[@]}"
 step curvature 60 "${benchmark[@]}" curvature "${measure[@]}"
 step cv 150 "${benchmark[@]}" cv --cifar100 "${DATA:-random}" "${measure[@]}"
+step compiled 150 "${benchmark[@]}" compiled "${measure[@]}"
 # the teacher comes first, all else of the pair needs it
 [[ $DATA ]] && step table "$BUDGET" "$PYTHON" scripts/reproduce.py cifar100 "${table[@]}" ${QUICK:+--smoke}
 

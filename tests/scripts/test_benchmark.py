@@ -103,6 +103,24 @@ def test_cv_needs_no_data(execute, monkeypatch):
     assert written["case"].endswith(", random images")
 
 
+def test_compiled_writes_the_speed_beside_the_eager_loop_and_the_seconds_of_the_first_step(execute, monkeypatch):
+    compiled = []
+
+    def compile_nothing(function, mode):
+        compiled.append(type(function.__self__).__name__)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    written, lines = execute("compiled")
+    assert compiled == ["ResNet"] * 4  # two networks in each precision
+    for result in written["precisions"].values():
+        rates = result["images_per_second"]
+        assert rates["eager"].keys() == rates["compiled"].keys() == SUMMARY
+        assert result["ratio"] == pytest.approx(rates["compiled"]["median"] / rates["eager"]["median"])
+        assert result["first_step_seconds"] > 0
+    assert [row[0] for row in rows(lines)] == ["fp32", "bf16"]
+
+
 def test_the_parts_of_a_step_are_a_step(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from scripts.lib.benchmark.cifar import step_parts

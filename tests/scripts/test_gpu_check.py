@@ -11,7 +11,7 @@ import pytest
 from common import ROOT
 from scripts import benchmark, reproduce
 
-STEPS = ["doctor", "tests", "method", "curvature", "cv", "table"]
+STEPS = ["doctor", "tests", "method", "curvature", "cv", "compiled", "table"]
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_step_ends_with_the_budget_and_none_begins_after_it(check, tmp_path):
     found = report(lines)
     assert code == 1
     assert found["method"] == ("124", "out of time")
-    assert found["cv"] == ("-", "no time left")
+    assert found["cv"] == found["compiled"] == ("-", "no time left")
     assert found["table"] == ("-", "a second call goes on")
 
 
@@ -78,7 +78,7 @@ def test_its_commands_parse(check):
     code, lines = check(DRY_RUN="1", DATA="images", QUICK="1")
     commands = {name: shlex.split(words)[1:] for name, _, words in (line.partition(": ") for line in lines)}
     assert (code, list(commands)) == (0, STEPS)
-    for name in ("method", "curvature", "cv"):
+    for name in ("method", "curvature", "cv", "compiled"):
         assert benchmark.build_parser().parse_args(commands[name][1:]).quick
     args = reproduce.build_parser().parse_args(commands["table"][1:])
     assert (args.table, args.tasks, args.values) == ("cifar100", ["res56_res20"], [("data", "images")])
@@ -87,7 +87,7 @@ def test_its_commands_parse(check):
 def test_without_data_images_are_random_and_no_row_is_run(check):
     _, lines = check(DRY_RUN="1")
     assert [line.partition(":")[0] for line in lines] == STEPS[:-1]
-    assert "--cifar100 random" in lines[-1]
+    assert "--cifar100 random" in lines[-2]
 
 
 def test_every_test_that_is_marked_is_in_a_file_that_it_runs(check):

@@ -43,6 +43,22 @@ def run(folder: Path, quick: bool, root: str) -> str:
     return "\n\n".join([tables.cv(found), tables.step(found), tables.runs(found), str(path)])
 
 
+def run_compiled(folder: Path, quick: bool) -> str:
+    """Our loop with and without SOLVER.COMPILE, on random images; returns the table."""
+    batch, steps, repeats = (4, 1, 1) if quick else (64, 20, 7)
+    data, precisions = random_images(steps * batch), {}
+    for precision in PRECISIONS:
+        built = {name: build(loop, data, batch, precision) for name, loop in (("eager", "ours"), ("compiled",) * 2)}
+        first = interleaved({"compiled": partial(built["compiled"].run, 1)}, repeats=1, warmup=0)["compiled"][0]
+        seconds = interleaved({name: partial(loop.run, steps) for name, loop in built.items()}, repeats)
+        rates = {name: summary([steps * batch / value for value in values]) for name, values in seconds.items()}
+        ratio = rates["compiled"]["median"] / rates["eager"]["median"]
+        precisions[precision] = {"images_per_second": rates, "ratio": ratio, "first_step_seconds": first}
+    found = {"case": f"KD, ResNet56 -> ResNet20, batch {batch}, random images", "precisions": precisions}
+    path = write("compiled", found, folder)
+    return f"{tables.compiled(found)}\n\n{path}"
+
+
 def shares(loop: OurLoop, repeats: int) -> dict[str, dict[str, float]]:
     """Median seconds of the parts of a step with DSKD, and the share of the step of each.
 

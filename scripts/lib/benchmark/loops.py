@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.run.record import peak_memory_bytes
 from common.torchvision_repair import repair_torchvision
+from cv.compiling import compile_features
 from cv.config import load_config
 from cv.data import Augment, DataSets, EpochLoader, ImageSet
 from cv.folding import folded
@@ -106,13 +107,17 @@ class PlainLoop:
 
 
 def build(loop: str, data: DataSets, batch: int, precision: str, workers: int = 2) -> OurLoop | PlainLoop:
-    """Either loop for KD of ResNet20 from ResNet56, networks initialised alike."""
+    """One of `LOOPS`, or ours "compiled", for KD of ResNet20 from ResNet56, networks initialised alike."""
     torch.manual_seed(0)
     student, teacher = build_model("resnet20", 100), build_model("resnet56", 100)
     bf16 = precision == "bf16"
-    if loop == "ours":
-        return OurLoop(student, teacher, data, batch, bf16)
-    return PlainLoop(student, teacher, data, batch, bf16, workers)
+    if loop == "plain":
+        return PlainLoop(student, teacher, data, batch, bf16, workers)
+    ours = OurLoop(student, teacher, data, batch, bf16)
+    if loop == "compiled":
+        for network in (ours.kd.student, ours.kd.teacher):
+            compile_features(network)
+    return ours
 
 
 def random_images(number: int, size: int = 32) -> DataSets:

@@ -136,6 +136,18 @@ def runs(results: Results) -> str:
     return table(rows)
 
 
+def compiled(results: Results) -> str:
+    """Images per second of our CIFAR loop without and with SOLVER.COMPILE."""
+    rows = []
+    for precision, result in results["precisions"].items():
+        rates = {f"{name}, images a second": _spread(x, 0) for name, x in result["images_per_second"].items()}
+        first = f"{result['first_step_seconds']:.0f}"
+        rows.append(
+            {"precision": precision, **rates, "ratio": f"{result['ratio']:.2f}", "first step compiled, s": first}
+        )
+    return table(rows)
+
+
 def nlp(results: Results) -> str:
     """Examples per second of both loops, metric of all trainings: mean ± standard deviation over the seeds."""
     rows = []
@@ -166,6 +178,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Results], str]]] = {
     "cv": ("cv", cv),
     "step": ("cv", step),
     "runs": ("cv", runs),
+    "compiled": ("compiled", compiled),
     "nlp": ("nlp", nlp),
     "startup": ("startup", startup),
 }
