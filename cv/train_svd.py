@@ -28,9 +28,11 @@ def main() -> None:
     from common.torchvision_repair import repair_torchvision
 
     repair_torchvision()
+    from cv.allocator import keep_freed_memory
     from cv.config import load_config
     from cv.trainer import output_folder, train
 
+    keep_freed_memory()
     cfg = load_config(args.cfg, args.overrides)
     resume = args.resume or (not args.overwrite and resumes_after_restart(output_folder(cfg)))
     train(cfg, resume=resume, overwrite=args.overwrite)

@@ -70,11 +70,20 @@ def test_cv_writes_speed_and_memory_of_both_loops_in_both_precisions(execute, mo
 
     monkeypatch.setattr(cifar, "load_dataset", lambda name, root: loops.random_images(32))
     monkeypatch.setattr(loops, "peak_memory_apart", lambda loop, precision, *_: len(loop + precision))
-    at_once = []
-    monkeypatch.setattr(loops, "at_once", lambda pools, threads, *_: at_once.append((len(pools), threads)))
-    written, lines = execute("cv")
-    number = written["runs_at_once"]
-    assert set(at_once) == {(1, number), (number, 1)}
+    asked = set()
+    monkeypatch.setattr(loops, "at_once", lambda pools, steps: asked.add((len(pools), steps)))
+    written, lines = execute("cv", "--cifar100", "images")
+    number, threads = written["runs_at_once"], torch.get_num_threads()
+    assert asked == {
+        (processes, loops.Steps(loop, precision, 8, 1, each, images))
+        for precision in ("fp32", "bf16")
+        for loop, processes, each, images in (
+            ("ours", 1, threads, "images"),
+            ("plain", 1, threads, "images"),
+            ("ours", 1, number, 8),
+            ("ours", number, 1, 8),
+        )
+    }
     for result in written["precisions"].values():
         rates = result["images_per_second"]
         assert rates["ours"].keys() == rates["plain"].keys() == SUMMARY
@@ -98,9 +107,11 @@ def test_cv_needs_no_data(execute, monkeypatch):
     monkeypatch.setattr(cifar, "build", lambda *_: SimpleNamespace(run=lambda steps: None))
     monkeypatch.setattr(cifar, "shares", lambda *_: {"share": {"data": 1.0}})
     monkeypatch.setattr(loops, "peak_memory_apart", lambda *_: 1)
-    monkeypatch.setattr(loops, "at_once", lambda *_: None)
+    monkeypatch.setattr(loops, "at_once", lambda _, steps: asked.add(steps.images))
+    asked = set()
     written, _ = execute("cv", "--cifar100", "random")
     assert written["case"].endswith(", random images")
+    assert all(isinstance(images, int) for images in asked)
 
 
 def test_compiled_writes_the_speed_beside_the_eager_loop_and_the_seconds_of_the_first_step(execute, monkeypatch):
@@ -138,11 +149,12 @@ def test_the_parts_of_a_step_are_a_step(monkeypatch):
 
 
 def test_runs_at_once_are_processes_with_their_own_threads():
-    from scripts.lib.benchmark.loops import at_once, processes
+    from scripts.lib.benchmark.loops import Steps, at_once, processes
 
     pools = processes(2)
     assert len({os.getpid(), *(pool.submit(os.getpid).result() for pool in pools)}) == 3
-    at_once(pools[:1], threads=3, steps=1, batch=2, precision="fp32")  # in one alone: a process takes seconds to start
+    # in one of them: a process takes seconds to start
+    at_once(pools[:1], Steps("ours", "fp32", batch=2, steps=1, threads=3, images=2))
     assert pools[0].submit(torch.get_num_threads).result() == 3
     for pool in pools:
         pool.shutdown(wait=False)

@@ -9,24 +9,25 @@ from types import SimpleNamespace
 import torch
 
 from common.run.processes import cores
+from cv.allocator import keep_freed_memory
 from cv.data import load_dataset
 from cv.dskd import block_map
 from dskd import pair_weights
 from scripts.lib.benchmark import loops, method, tables
-from scripts.lib.benchmark.loops import CIFAR_IMAGES, LOOPS, PRECISIONS, OurLoop, build, random_images
+from scripts.lib.benchmark.loops import CIFAR_IMAGES, LOOPS, PRECISIONS, OurLoop, Steps, build, random_images
 from scripts.lib.benchmark.timing import interleaved, summaries, summary, write
 
 
 def run(folder: Path, quick: bool, root: str) -> str:
     """KD of ResNet20 from ResNet56 at batch 64 in both precisions; returns the tables."""
     batch, steps, images, repeats = (8, 1, 64, 1) if quick else (64, 20, CIFAR_IMAGES, 7)
-    data = random_images(images) if root == "random" else load_dataset("cifar100", root)
-    built = {(loop, precision): build(loop, data, batch, precision) for precision in PRECISIONS for loop in LOOPS}
-    seconds = interleaved({key: partial(loop.run, steps) for key, loop in built.items()}, repeats)
-    rates = {key: summary([steps * batch / value for value in values]) for key, values in seconds.items()}
-    memory = {key: loops.peak_memory_apart(*key, batch, steps, images) for key in built}
+    here = partial(Steps, batch=batch, steps=steps, threads=torch.get_num_threads())
+    rates = against_plain(partial(here, images=images if root == "random" else root), repeats)
+    memory = {key: loops.peak_memory_apart(*key, batch, steps, images) for key in rates}
     number = 2 if torch.cuda.is_available() else cores()
     together = side_by_side(number, batch, steps, repeats)
+    data = random_images(images) if root == "random" else load_dataset("cifar100", root)
+    keep_freed_memory()
     results = {
         precision: {
             "images_per_second": {loop: rates[loop, precision] for loop in LOOPS},
@@ -43,10 +44,21 @@ def run(folder: Path, quick: bool, root: str) -> str:
     return "\n\n".join([tables.cv(found), tables.step(found), tables.runs(found), str(path)])
 
 
+def against_plain(steps: Callable[..., Steps], repeats: int) -> dict[tuple[str, str], dict[str, float]]:
+    """Images a second by loop and precision; each loop has a process, since ours changes how its process allocates."""
+    with ExitStack() as stack:
+        pools = {loop: [stack.enter_context(each) for each in loops.processes(1)] for loop in LOOPS}
+        asked = {(loop, precision): steps(loop, precision) for precision in PRECISIONS for loop in LOOPS}
+        works = {key: partial(loops.at_once, pools[key[0]], each) for key, each in asked.items()}
+        seconds = interleaved(works, repeats)
+    return {key: summary([each.steps * each.batch / value for value in seconds[key]]) for key, each in asked.items()}
+
+
 def run_compiled(folder: Path, quick: bool) -> str:
     """Our loop with and without SOLVER.COMPILE, on random images; returns the table."""
     batch, steps, repeats = (4, 1, 1) if quick else (64, 20, 7)
     data, precisions = random_images(steps * batch), {}
+    keep_freed_memory()
     for precision in PRECISIONS:
         built = {name: build(loop, data, batch, precision) for name, loop in (("eager", "ours"), ("compiled",) * 2)}
         first = interleaved({"compiled": partial(built["compiled"].run, 1)}, repeats=1, warmup=0)["compiled"][0]
@@ -102,7 +114,9 @@ def side_by_side(number: int, batch: int, steps: int, repeats: int) -> dict[str,
         one, many = ([stack.enter_context(each) for each in loops.processes(count)] for count in (1, number))
         kinds = {"one": (one, number), "many": (many, 1)}
         works = {
-            (precision, kind): partial(loops.at_once, pools, threads, steps, batch, precision)
+            (precision, kind): partial(
+                loops.at_once, pools, Steps("ours", precision, batch, steps, threads, images=steps * batch)
+            )
             for precision in PRECISIONS
             for kind, (pools, threads) in kinds.items()
         }

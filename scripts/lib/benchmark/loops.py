@@ -7,6 +7,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import count, islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.run.record import peak_memory_bytes
 from common.torchvision_repair import repair_torchvision
+from cv.allocator import keep_freed_memory
 from cv.compiling import compile_features
 from cv.config import load_config
-from cv.data import Augment, DataSets, EpochLoader, ImageSet
+from cv.data import Augment, DataSets, EpochLoader, ImageSet, load_dataset
 from cv.folding import folded
 from cv.methods import build_distiller
 from cv.methods.kd import kd_loss
@@ -87,6 +89,8 @@ class PlainLoop:
         self.device, self.bf16 = "cuda" if torch.cuda.is_available() else "cpu", bf16
         self.student, self.teacher = student.to(self.device), teacher.to(self.device).eval()
         keep = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": self.device == "cuda"}
+        if workers:
+            keep["multiprocessing_context"] = "fork"  # as where no process has been spawned
         loader = DataLoader(PILImages(data.train, data.mean, data.std), batch, shuffle=True, **keep)
         self.batches = (images for _ in count() for images in loader)
         self.optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
@@ -126,26 +130,41 @@ def random_images(number: int, size: int = 32) -> DataSets:
     return DataSets(images, images, None, (0.5,) * 3, (0.25,) * 3, Augment(padding=4, flip=True))
 
 
+class Steps(NamedTuple):
+    """Training steps that a process is asked for."""
+
+    loop: str  # one of `LOOPS`
+    precision: str
+    batch: int
+    steps: int
+    threads: int
+    images: int | str  # so many random ones, or the folder of CIFAR-100
+
+
 def processes(number: int) -> list[ProcessPoolExecutor]:
     """New ones, each in a pool of its own, so that all get work alike; they start with the first of it."""
     return [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(number)]
 
 
-def at_once(pools: list[ProcessPoolExecutor], threads: int, steps: int, batch: int, precision: str) -> None:
-    """Steps of our loop in all of some processes together, each with its own threads, networks and images."""
-    for job in [pool.submit(_steps, threads, steps, batch, precision) for pool in pools]:
+def at_once(pools: list[ProcessPoolExecutor], steps: Steps) -> None:
+    """The same steps in all of some processes together, each with its own networks and images."""
+    for job in [pool.submit(_take, steps) for pool in pools]:
         job.result()
 
 
-def _steps(threads: int, steps: int, batch: int, precision: str) -> None:
-    torch.set_num_threads(threads)
-    _own_loop(steps, batch, precision).run(steps)
+def _take(steps: Steps) -> None:
+    torch.set_num_threads(steps.threads)
+    if steps.loop == "ours":
+        keep_freed_memory()  # as cv/train_svd.py does
+    repair_torchvision()  # the plain loop takes it
+    _kept(steps.loop, steps.precision, steps.batch, steps.images).run(steps.steps)
     synchronize()
 
 
 @cache
-def _own_loop(steps: int, batch: int, precision: str) -> OurLoop:
-    return build("ours", random_images(steps * batch), batch, precision)
+def _kept(loop: str, precision: str, batch: int, images: int | str) -> OurLoop | PlainLoop:
+    data = load_dataset("cifar100", images) if isinstance(images, str) else random_images(images)
+    return build(loop, data, batch, precision)
 
 
 def peak_memory_apart(loop: str, precision: str, batch: int, steps: int, images: int = CIFAR_IMAGES) -> int:
@@ -159,7 +178,9 @@ def peak_memory_apart(loop: str, precision: str, batch: int, steps: int, images:
 
 
 def _peak_memory(loop: str, precision: str, batch: int, steps: int, images: int) -> int:
-    repair_torchvision()  # the plain loop takes it
+    if loop == "ours":
+        keep_freed_memory()
+    repair_torchvision()
     data = random_images(images)
     trained = build(loop, data, batch, precision, workers=0)
     del data  # the plain loop has made its own copy

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from common.settings import SETTINGS, by_name
 from common.svd_loss import build_loss
+from cv.allocator import keep_freed_memory
 from cv.dskd import block_map
 from cv.models import build_model
 from dskd import DirectionSensitivityLoss, pair_weights
@@ -152,11 +153,10 @@ def measure(case: Case, repeats: int) -> dict:
 def run(folder: Path, quick: bool) -> str:
     """Both recipes; returns the table."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if quick:
-        tiny = bert_case(2, 16, device, hidden_size=48, intermediate_size=64)
-        results = [measure(tiny, 1), measure(resnet_case(4), 2)]
-    else:
-        results = [measure(bert_case(32, 128, device), 3), measure(resnet_case(64), 20)]
+    tiny = {"hidden_size": 48, "intermediate_size": 64}
+    results = [measure(bert_case(2, 16, device, **tiny), 1) if quick else measure(bert_case(32, 128, device), 3)]
+    keep_freed_memory()  # as the program for images does, and that for text does not
+    results.append(measure(resnet_case(4), 2) if quick else measure(resnet_case(64), 20))
     found = {"results": results}
     path = write("method", found, folder)
     return f"{tables.method(found)}\n\n{path}"
@@ -164,6 +164,7 @@ def run(folder: Path, quick: bool) -> str:
 
 def run_curvature(folder: Path, quick: bool) -> str:
     """Two recipes along the curvature, renewed and applied in every step or less often; the table."""
+    keep_freed_memory()
     small = resnet_case(4 if quick else 50, ("resnet20", "resnet8"), 16)  # the table cifar100_few_renewal
     cases = [_along_the_curvature(case, 2 if quick else 20) for case in (small, resnet_case(4 if quick else 64))]
     found = {"cases": cases}
