@@ -62,6 +62,8 @@ class Setting:
         return words if self.unset is None else f"{self.unset:g} (none) or {words}"
 
 
+HELD_STEPS = 10  # the default of GLUE, where it is no more than SVD_STEPS
+
 SETTINGS = (
     Setting(
         "weight", "--lambda_size", "LAMBDA", 0.1, 0.2, Number(float, 0), "weight of the DSKD loss", "the release's"
@@ -82,9 +84,9 @@ SETTINGS = (
     Setting(
         *("grad_steps", "--grad_steps", "GRAD_STEPS", None, 1, Number(int, 1)),
         "optimizer steps for which a gradient of the DSKD loss is held (1, with a drift and a smoothing of 0: exact "
-        "in every step; GLUE's default: as many as SVD_STEPS)",
+        f"in every step; GLUE's default: {HELD_STEPS}, or SVD_STEPS where that is less)",
         "exact on CIFAR; on GLUE a decomposition of BERT's matrices costs too much for every step, and the learning "
-        "rate is small enough to hold a smoothed gradient (docs/performance.md)",
+        "rate is small enough to hold a gradient for some (docs/performance.md)",
         part="loss",
     ),
     Setting(
@@ -94,9 +96,8 @@ SETTINGS = (
         part="loss",
     ),
     Setting(
-        *("smoothing", "--smoothing", "SMOOTHING", 0.03, 0.0, Number(float, 0)),
+        *("smoothing", "--smoothing", "SMOOTHING", 0.0, 0.0, Number(float, 0)),
         "of the gradient between close singular values (docs/method.md; 0: exact)",
-        "a gradient that is held for long stays right for longer if it is smoothed",
         part="reading",
         bases=("own",),
     ),
@@ -246,8 +247,8 @@ def resolve_flags(args: argparse.Namespace) -> None:
         UserError: a drift without effect.
     """
     if args.basis == "curvature":  # all directions, without a decomposition
-        args.rank_size, args.smoothing = 0, 0.0
-    args.grad_steps = args.grad_steps or args.svd_steps
+        args.rank_size = 0
+    args.grad_steps = args.grad_steps or min(HELD_STEPS, args.svd_steps)
     if args.drift > 0 and args.grad_steps >= args.svd_steps:
         raise UserError(
             f"--drift has no effect unless --grad_steps is less than --svd_steps ({args.svd_steps}): directions are "

@@ -305,7 +305,8 @@ def test_what_a_setting_allows(setting, value, allowed):
 
 
 # GLUE's own defaults
-def test_the_gradient_is_held_for_as_long_as_the_directions_by_default():
+def test_the_gradient_is_held_for_10_steps_by_default_but_not_longer_than_the_directions():
+    assert parse_arguments(TRAIN).grad_steps == parse_arguments([*TRAIN, "--svd_steps", "11"]).grad_steps == 10
     assert parse_arguments([*TRAIN, "--svd_steps", "7"]).grad_steps == 7
     assert parse_arguments([*TRAIN, "--svd_steps", "7", "--grad_steps", "2"]).grad_steps == 2
 

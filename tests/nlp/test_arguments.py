@@ -111,7 +111,7 @@ def test_dskd_switched_by_another_word_is_refused():
         (TRAIN + "--ifsvd --basis update --smoothing 0", "--smoothing"),
         *((TRAIN + f"--ifsvd --basis curvature {flag}", flag.split()[0]) for flag in WITHOUT_CURVATURE),
         (TRAIN + "--ifsvd --direction released --smoothing 0.1", "--smoothing"),
-        (TRAIN + "--ifsvd --drift 0.01", "--drift"),
+        (TRAIN + "--ifsvd --drift 0.01 --svd_steps 9", "--drift"),
         (TRAIN + "--ifsvd --drift 0.01 --svd_steps 10 --grad_steps 10", "--drift"),
         (TRAIN + "--if_svd false --basis update", "--basis"),
         *(

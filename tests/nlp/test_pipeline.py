@@ -93,7 +93,7 @@ def test_the_result_holds_the_settings_of_dskd(trained):
         "grad_steps": 2,
         "basis": "own",
         "svd_driver": "randomized",
-        "smoothing": 0.03,
+        "smoothing": 0.0,
     }
     assert result_of(trained)["dskd"].items() >= expected.items()
 

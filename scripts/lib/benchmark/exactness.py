@@ -7,7 +7,6 @@ weights. The encoder is fine-tuned for half an epoch first.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -107,14 +106,10 @@ def follow_nlp(words: str, stages: Stages, glue: str, model: str) -> HeldGradien
 
 
 def summary(held: HeldGradient) -> dict[str, Any]:
-    """What the tables say, by stage, and the measurements that it comes from, at some ages."""
+    """What the tables say, by stage, and how long each of the gradients that it comes from was followed."""
     stages: dict[str, list[Reference]] = {}
-    references = []
     for reference in held.references:
         stages.setdefault(reference.stage, []).append(reference)
-        ages = [age for age in (0, *INTERVALS) if age < len(reference.cosine["update"])]
-        some = {name: np.round(by_age, 7)[ages].tolist() for name, by_age in reference.cosine.items()}
-        references.append({**asdict(reference), "ages": ages, "cosine": some})
 
     def gradients(name: str) -> dict[str, float]:
         return mean_and_worst([reference.gradient[name] for reference in held.references])
@@ -125,7 +120,9 @@ def summary(held: HeldGradient) -> dict[str, Any]:
         "by_grad_steps": {stage: by_interval(mine) for stage, mine in stages.items()},
         "drivers": drivers,
         "released": gradients("released"),
-        "references": references,
+        "references": [
+            {"stage": each.stage, "step": each.step, "steps": len(each.cosine["update"])} for each in held.references
+        ],
     }
 
 

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.settings import SETTINGS, by_name
+from common.settings import HELD_STEPS, SETTINGS, by_name
 from common.svd_loss import build_loss
 from cv.allocator import keep_freed_memory
 from cv.dskd import block_map
@@ -26,7 +26,7 @@ from scripts.lib.benchmark.timing import summaries, write
 
 # the defaults of the two programs, by the settings' names
 GLUE = by_name({setting.dest: setting.glue for setting in SETTINGS})
-GLUE["grad_steps"] = GLUE["svd_steps"]
+GLUE["grad_steps"] = HELD_STEPS
 CIFAR = by_name({setting.key: setting.cifar for setting in SETTINGS})
 
 
