@@ -86,7 +86,7 @@ SETTINGS = (
         "optimizer steps for which a gradient of the DSKD loss is held (1, with a drift and a smoothing of 0: exact "
         f"in every step; GLUE's default: {HELD_STEPS}, or SVD_STEPS where that is less)",
         "exact on CIFAR; on GLUE a decomposition of BERT's matrices costs too much for every step, and the learning "
-        "rate is small enough to hold a gradient for some (docs/performance.md)",
+        "rate is small enough to hold a gradient for some steps (docs/performance.md)",
         part="loss",
     ),
     Setting(

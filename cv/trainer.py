@@ -27,6 +27,7 @@ from common.run.restarts import start_group
 from common.run.stopping import Request, Stopped, stop_requests
 from cv import checkpoint
 from cv.assembly import Built, build, tested_on
+from cv.compiling import run_eagerly
 from cv.config import as_dict, repository_path
 from cv.data import DataSets, EpochLoader, load_dataset
 from cv.data.cache import DECODED
@@ -453,6 +454,7 @@ class _Run:
 
     def _finish(self, wall_seconds: float) -> dict[str, Any]:
         cfg, progress = self.cfg, self.progress
+        run_eagerly(self.distiller.student)
         last, best = progress.history[-1], progress.best
         self._export("student", last)
         result = self.record.finish(

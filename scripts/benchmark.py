@@ -13,8 +13,9 @@ python scripts/benchmark.py render      measures nothing: the tables of docs/per
 """
 
 import argparse
+import sys
 from argparse import Namespace
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from pkgutil import resolve_name
@@ -72,19 +73,25 @@ def main() -> None:
         return
     check_writable("--output", args.output)
     if args.what != "all":
-        print(measured(args.what, args), flush=True)
+        measure(args.what, args)
         return
     for name in ALL:  # one part changes how its process allocates
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            print(process.submit(measured, name, args).result(), flush=True)
+        process = get_context("spawn").Process(target=run_cli, args=(partial(measure, name, args),))
+        process.start()
+        try:
+            process.join()
+        finally:
+            process.terminate()  # where this one was told to stop
+        if process.exitcode:
+            sys.exit(process.exitcode)
 
 
-def measured(name: str, args: Namespace) -> str:
-    """Run one part; returns its tables."""
+def measure(name: str, args: Namespace) -> None:
+    """Run one part and print its tables."""
     repair_torchvision()
     place, more = PARTS[name]
     run = resolve_name(f"scripts.lib.benchmark.{place}")
-    return run(args.output, args.quick, *(getattr(args, key) for key in more))
+    print(run(args.output, args.quick, *(getattr(args, key) for key in more)), flush=True)
 
 
 if __name__ == "__main__":

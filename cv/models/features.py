@@ -24,7 +24,11 @@ class Features(NamedTuple):
 
 
 class Network(nn.Module, ABC):
-    """An image classifier: `features(x)` gives `Features`, `forward(x)` its logits; `classifier` is the last layer."""
+    """An image classifier: `features(x)` gives `Features`, `forward(x)` its logits; `classifier` is the last layer.
+
+    ReLUs inside blocks are in place: a hook on a batch norm sees its output after the ReLU, and a full backward hook
+    there is refused by torch.
+    """
 
     classifier: nn.Linear
 

@@ -787,11 +787,12 @@ def test_compiling_takes_both_networks_and_trains_alike(tmp_path, teacher, monke
     compiled, captures = [], torch.cuda.is_available()
     original = torch.compile
 
-    def compile_eagerly(function, mode):
+    def compile_eagerly(function, mode, dynamic):
         compiled.append(function.__self__)
+        assert not dynamic
         assert mode == ("reduce-overhead" if captures else "default")
         how = {"mode": mode} if captures else {"backend": "eager"}  # traced for real; C++ would take too long
-        return original(function, **how)
+        return original(function, dynamic=dynamic, **how)
 
     monkeypatch.setattr(torch, "compile", compile_eagerly)
     dskd = "DSKD.ENABLED true DSKD.SVD_STEPS 2"

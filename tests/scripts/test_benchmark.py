@@ -117,7 +117,7 @@ def test_cv_needs_no_data(execute, monkeypatch):
 def test_compiled_writes_the_speed_beside_the_eager_loop_and_the_seconds_of_the_first_step(execute, monkeypatch):
     compiled = []
 
-    def compile_nothing(function, mode):
+    def compile_nothing(function, mode, dynamic):
         compiled.append(type(function.__self__).__name__)
         return function
 
