@@ -39,7 +39,8 @@ def nlp_losses(folder: Path, basis: str) -> Losses:
     places = SimpleNamespace(model=model, data=write_rte(folder / "data"))
     settings = "--max_steps 20 --replacing_rate 0.5 --scheduler_linear_k 0.0003"
     settings += " --ifsvd --lambda_size 0.1 --rank_size 4 --svd_steps 5"
-    execute(flags(places, folder / basis, *settings.split(), "--basis", basis))
+    settings += f" --basis {basis}" + (" --smoothing 0.03" if basis == "own" else "")
+    execute(flags(places, folder / basis, *settings.split()))
     lines = log_of(folder / basis, "dskd_loss")
     return {name: [line[name] for line in lines] for name in ("task_loss", "dskd_loss")}
 

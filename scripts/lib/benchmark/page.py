@@ -46,6 +46,5 @@ def source(file: str, results: dict) -> str:
     """Where a table's figures come from."""
     torch, revision = results["versions"]["torch"], results["git_revision"]
     where = f"{results['device']}, torch {torch}, revision {revision[:7]}{'-dirty' * revision.endswith('-dirty')}"
-    about = {"cv": "; {case}", "compiled": "; {case}", "nlp": "; {case}, {precision}, seeds: {seeds}"}
-    run = about.get(file, "").format(**results)
+    run = {"cv": "; {case}", "nlp": "; {case}, {precision}, seeds: {seeds}"}.get(file, "").format(**results)
     return f"[{file}.json](../results/benchmark/{file}.json): {where}{run}"

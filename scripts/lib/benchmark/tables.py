@@ -178,7 +178,6 @@ TABLES: Mapping[str, tuple[str, Callable[[Results], str]]] = {
     "cv": ("cv", cv),
     "step": ("cv", step),
     "runs": ("cv", runs),
-    "compiled": ("compiled", compiled),
     "nlp": ("nlp", nlp),
     "startup": ("startup", startup),
 }
