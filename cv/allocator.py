@@ -11,8 +11,8 @@ _NEVER = 2**31 - 1
 def keep_freed_memory() -> None:
     """Let glibc keep blocks of up to 32 MB that are freed in this process; another C library is left alone.
 
-    By itself it gives the memory of a step back to the system, which clears every page of it for the next one: on a CPU
-    a tenth of a training step, in which the same feature maps come again and again.
+    By itself it gives the memory of a step back to the system, which clears every page of it for the next one, in
+    which the same feature maps come again.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -51,7 +51,7 @@ class Stage(nn.Sequential):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         *inner, last = self
         for block in inner:
-            x = F.relu_(block(x))  # in place where nobody reads what was there: less memory, and time on a CPU
+            x = F.relu_(block(x))  # nobody reads what was there: no pass over new memory
         preact = last(x)
         return F.relu(preact), preact
 
