@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from common.torchvision_repair import repair_torchvision
 repair_torchvision()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 torch.set_num_threads(1)  # tests run in parallel workers; the tensors are tiny
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the programs that they start, too
 
 
 @pytest.fixture(scope="session")
@@ -38,11 +38,3 @@ def fresh_accelerator() -> Iterator[None]:
     forget()
     yield
     forget()
-
-
-@pytest.fixture
-def unused_port() -> int:
-    """A port of the loopback that nothing listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

@@ -1,6 +1,7 @@
-"""Two processes on the CPU, started by torchrun: equal students and directions, exact resuming, refused batch sizes."""
+"""Two processes on the CPU, as of two machines: equal students and directions, exact resuming, refused batch sizes."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import launched
 import pytest
 import torch
-from cv_fixtures import SHORT_RUN, read_run, same_tensors, save_teacher
+from cv_fixtures import SHORT_RUN, read_run, same_tensors, save_teacher, short_run
 
 from common import ROOT
 
@@ -93,12 +94,9 @@ def processes(tmp_path_factory):
     words = ["--cfg", "configs/demo/base.yaml", *SHORT_RUN.split(), "SOLVER.EPOCHS", "2", "DSKD.ENABLED", "true"]
     words += ["DSKD.SVD_STEPS", "3", "DSKD.GRAD_STEPS", "5"]
     words += ["DISTILLER.TEACHER_CKPT", str(save_teacher(folder / "teacher"))]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, *words], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = "".join(launched.launch_two_agents(script, words))
     first, second = (torch.load(folder / f"process{number}.pt", weights_only=True) for number in (0, 1))
-    return SimpleNamespace(first=first, second=second, folder=folder, words=words, printed=done.stdout)
+    return SimpleNamespace(first=first, second=second, folder=folder, words=words, printed=printed)
 
 
 def test_both_processes_end_with_the_same_student(processes):
@@ -166,18 +164,18 @@ def words_of(settings: str | list[str]) -> list[str]:
     return ["--cfg", "configs/demo/base.yaml", *SHORT_RUN.split(), *more]
 
 
-def launch(settings: list[str], count: int = 2) -> subprocess.CompletedProcess:
-    """The command line in several processes."""
-    return launched.launch(launched.VISION, words_of(settings), f"--nproc_per_node={count}")
+def launch(settings: list[str]) -> subprocess.CompletedProcess:
+    """The command line in two processes."""
+    return launched.launch(launched.VISION, words_of(settings))
 
 
 def test_two_processes_with_common_statistics_train_as_one(tmp_path):
     teacher = save_teacher(tmp_path / "teacher")
     settings = f"DISTILLER.TYPE fitnet SOLVER.EPOCHS 2 SOLVER.LR 0.005 DISTILLER.TEACHER_CKPT {teacher}".split()
-    settings += ["DSKD.ENABLED", "true", "DSKD.SVD_STEPS", "4", "DSKD.GRAD_STEPS", "2", "OUTPUT_DIR"]
-    runs = {}
-    for name, count, sync in (("one", 1, "true"), ("synced", 2, "true"), ("apart", 2, "false")):
-        done = launch([*settings, str(tmp_path / name), "SOLVER.SYNC_BN", sync], count)
+    settings += ["DSKD.ENABLED", "true", "DSKD.SVD_STEPS", "4", "DSKD.GRAD_STEPS", "2"]
+    runs = {"one": short_run(tmp_path / "one", None, shlex.join([*settings, "SOLVER.SYNC_BN", "true"])).weights}
+    for name, sync in (("synced", "true"), ("apart", "false")):
+        done = launch([*settings, "OUTPUT_DIR", str(tmp_path / name), "SOLVER.SYNC_BN", sync])
         assert done.returncode == 0, done.stderr[-2000:]
         runs[name] = read_run(tmp_path / name).weights
 
@@ -241,11 +239,3 @@ def test_a_process_that_is_killed_is_started_again_and_resumed_to_the_same_bits(
     ours, theirs = read_run(tmp_path / "run"), read_run(processes.folder / "whole")
     assert same_tensors(ours.weights, theirs.weights)
     assert [line["step"] for line in ours.steps] == list(range(1, 9))
-
-
-def test_two_agents_on_the_loopback_train_one_student(tmp_path, unused_port):
-    words = words_of(f"DISTILLER.TYPE vanilla OUTPUT_DIR {tmp_path / 'run'}")
-    agents = launched.launch_two_agents(launched.VISION, words, unused_port)
-    assert [code for code, _, _ in agents] == [0, 0], agents[0][2][-2000:]
-    assert sum(printed.count("top-1 last") for _, printed, _ in agents) == 1
-    assert [line["step"] for line in read_run(tmp_path / "run").steps] == [1, 2, 3, 4]

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -515,7 +516,7 @@ def test_the_command_that_a_signal_stops_says_how_to_go_on(tmp_path, signum, cod
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while run.poll() is None and not (tmp_path / "a b" / "checkpoint.pt").exists():
-        pass
+        time.sleep(0.05)
     run.send_signal(signum)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == code

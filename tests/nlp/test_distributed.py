@@ -1,4 +1,4 @@
-"""Two processes on the CPU: every rank has the same weights and directions, and every example counts once."""
+"""Two processes on the CPU, as of two machines: ranks have the same weights and directions, an example counts once."""
 
 import os
 import signal
@@ -71,10 +71,10 @@ def ranks(tmp_path_factory):
     more += ("--gradient_accumulation_steps", "2", "--per_gpu_eval_batch_size", "2")
     words = flags(paths, folder / "run", *more)
     words[words.index("--per_gpu_train_batch_size") + 1] = "2"
-    done = launched.launch(script, words)
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = launched.launch_two_agents(script, words)
     kept = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    return SimpleNamespace(first=kept[0], second=kept[1], run=folder / "run", words=words, data=paths.data)
+    more = {"words": words, "data": paths.data, "printed": printed}
+    return SimpleNamespace(first=kept[0], second=kept[1], run=folder / "run", **more)
 
 
 def test_both_ranks_took_part(ranks):
@@ -119,8 +119,9 @@ def test_the_task_loss_that_is_logged_is_the_mean_over_ranks(ranks):
         assert line["loss"] == pytest.approx(line["task_loss"] + 0.1 * line["dskd_loss"], rel=1e-3)
 
 
-def test_only_one_rank_writes_the_record(ranks):
+def test_only_one_rank_writes_the_record_and_prints(ranks):
     assert [line["step"] for line in log_of(ranks.run, "task_loss")] == [1, 2, 3, 4, 5, 6, 7]
+    assert sum(printed.count("the student is a plain") for printed in ranks.printed) == 1
 
 
 def student_labels(ranks, name: str) -> tuple[list[str], list[list[str]]]:
@@ -192,11 +193,3 @@ def test_a_process_that_is_killed_is_started_again_and_resumed_to_the_same_bits(
     assert done.stdout.count(f"started again by torchrun, the run in {tmp_path / 'run'} is resumed") == 1
     assert_same_bits(weights_of(tmp_path / "run" / "student"), weights_of(ranks.run / "student"))
     assert [line["step"] for line in log_of(tmp_path / "run", "task_loss")] == [1, 2, 3, 4, 5, 6, 7]
-
-
-def test_two_agents_on_the_loopback_train_one_student(tmp_path, paths, unused_port):
-    words = flags(paths, tmp_path / "run", "--max_steps", "2")
-    agents = launched.launch_two_agents(launched.GLUE, words, unused_port)
-    assert [code for code, _, _ in agents] == [0, 0], agents[0][2][-2000:]
-    assert sum(printed.count("the student is a plain") for _, printed, _ in agents) == 1
-    assert result_of(tmp_path / "run")["steps"] == 2
