@@ -116,6 +116,13 @@ def test_the_command_runs_from_cv_and_names_the_teacher_with_its_accuracy(shell_
     assert f"top-1 last {run.result['last']:.2f}" in done.stdout
 
 
+def test_the_command_runs_from_the_root(tmp_path):
+    words = ["SOLVER.EPOCHS", "1", "DATASET.SUBSET", "64", "OUTPUT_DIR", str(tmp_path)]
+    done = command_line("cv/train_svd.py", "--cfg", "configs/demo/vanilla.yaml", *words)
+    assert done.returncode == 0, done.stderr
+    assert read_run(tmp_path).result["method"] == "vanilla"
+
+
 def test_the_result_has_every_field_that_tables_read(shell_run):
     result = shell_run[1].result
     assert {key: result[key] for key in ("task", "method", "seed", "metric", "steps", "epochs")} == {

@@ -56,7 +56,7 @@ def launch_killed(program: Path, words: list[str], step: int, script: Path) -> s
     return launch(script, [str(program), str(step), *words], "--max-restarts=1")
 
 
-def launch_two_agents(program: Path, words: list[str], seconds: int = 240) -> list[str]:
+def launch_two_agents(program: Path, words: list[str], seconds: int = 300) -> list[str]:
     """The output of two agents with a process each, that meet on the loopback as two machines would."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -72,5 +72,5 @@ def launch_two_agents(program: Path, words: list[str], seconds: int = 240) -> li
         for agent in agents:
             if agent.poll() is None:
                 agent.send_signal(signal.SIGTERM)
-    assert [agent.returncode for agent in agents] == [0, 0], said[0][1][-3000:]
+    assert [agent.returncode for agent in agents] == [0, 0], "".join(errors[-2000:] for _, errors in said)
     return [printed for printed, _ in said]

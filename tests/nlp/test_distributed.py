@@ -174,6 +174,13 @@ def test_a_preempted_group_saves_one_step_on_all_ranks_and_goes_on(tmp_path):
     assert {path.name for path in found.iterdir()} >= {"rng_state_0.pth", "rng_state_1.pth", "manifest.json"}
 
 
+def test_a_users_error_is_said_once(tmp_path):
+    paths = SimpleNamespace(model=write_model(tmp_path / "model"), data=write_rte(tmp_path / "data"))
+    done = launched.launch(launched.GLUE, flags(paths, tmp_path / "run", "--max_seq_length", "9999"))
+    assert done.returncode != 0
+    assert done.stderr.count("error: --max_seq_length 9999: the model takes 64 tokens at most") == 1, done.stderr
+
+
 def test_a_process_that_is_killed_is_started_again_and_resumed_to_the_same_bits(tmp_path, ranks):
     words = [*ranks.words, "--output_dir", str(tmp_path / "run"), "--save_steps", "2"]
     done = launched.launch_killed(launched.GLUE, words, 4, tmp_path / "process.py")

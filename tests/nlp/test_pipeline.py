@@ -153,8 +153,9 @@ def test_parameters_count_the_student(trained):
 # the seed's command, in processes of its own
 
 
-def test_the_seeds_command_line_runs_in_the_folder_of_the_program(tiny, tmp_path):  # noqa: F811
-    folder, script = ROOT / "nlp" / "BERT-of-Theseus", "run_glue_SVD_losslayer.py"
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "nlp" / "BERT-of-Theseus"], ids=["root", "folder"])
+def test_the_seeds_command_line_runs(tiny, tmp_path, folder):  # noqa: F811
+    script = os.path.relpath(ROOT / "nlp" / "BERT-of-Theseus" / "run_glue_SVD_losslayer.py", folder)
     words = f"""--model_name_or_path {tiny.model} --task_name RTE --do_train --do_eval --do_lower_case
         --data_dir {tiny.data} --max_seq_length 32 --per_gpu_train_batch_size 32 --per_gpu_eval_batch_size 32
         --learning_rate 2e-5 --save_steps 50 --num_train_epochs 2 --output_dir {tmp_path} --evaluate_during_training
