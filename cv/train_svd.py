@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.run.errors import Parser, UserError, run_cli
+from common.run.imports import uncollected
 from common.run.processes import said_once
 from common.run.restarts import resumes_after_restart
 
@@ -25,12 +26,13 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.resume and args.overwrite:
         raise UserError("--resume continues the run that --overwrite would replace; give one of them")
-    from common.torchvision_repair import repair_torchvision
+    with uncollected():
+        from common.torchvision_repair import repair_torchvision
 
-    repair_torchvision()
-    from cv.allocator import keep_freed_memory
-    from cv.config import load_config
-    from cv.trainer import output_folder, train
+        repair_torchvision()
+        from cv.allocator import keep_freed_memory
+        from cv.config import load_config
+        from cv.trainer import output_folder, train
 
     keep_freed_memory()
     cfg = load_config(args.cfg, args.overrides)

@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bert_of_theseus.arguments import parse_arguments
 from common.run.errors import run_cli
+from common.run.imports import uncollected
 from common.run.processes import said_once
 from common.run.restarts import resumes_after_restart
 
@@ -15,10 +16,11 @@ def main() -> None:
     args = parse_arguments(sys.argv[1:])
     if args.do_train and not args.overwrite_output_dir:
         args.resume = args.resume or resumes_after_restart(Path(args.output_dir))
-    from common.torchvision_repair import repair_torchvision
+    with uncollected():
+        from common.torchvision_repair import repair_torchvision
 
-    repair_torchvision()
-    from bert_of_theseus.pipeline import run
+        repair_torchvision()
+        from bert_of_theseus.pipeline import run
 
     run(args)
 
