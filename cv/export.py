@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import shlex
+from functools import cache
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -186,9 +187,14 @@ def _onnx_difference(model: nn.Module, path: Path, images: torch.Tensor) -> floa
 
 
 def _expected_shapes(facts: dict[str, Any]) -> dict[str, torch.Size]:
-    """Names and shapes of the state of the network that `facts` describe, without allocating it."""
-    with torch.device("meta"):
-        return {key: value.shape for key, value in build_model(*(facts[key] for key in NEEDED)).state_dict().items()}
+    """Names and shapes of the state of the network that `facts` describe."""
+    return _shapes(*(facts[key] for key in NEEDED))
+
+
+@cache
+def _shapes(*network: Any) -> dict[str, torch.Size]:
+    with torch.device("meta"):  # nothing is allocated
+        return {key: value.shape for key, value in build_model(*network).state_dict().items()}
 
 
 def _difference(expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> str:
