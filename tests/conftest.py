@@ -1,5 +1,6 @@
 """Set-up that every test shares: the torchvision repair, one thread a worker, where real data may lie."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -15,6 +16,13 @@ repair_torchvision()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 torch.set_num_threads(1)  # tests run in parallel workers; the tensors are tiny
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the programs that they start, too
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> None:
+    """What has been imported stays: leave it out of garbage collections, of which a Trainer does one after training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
