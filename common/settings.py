@@ -103,9 +103,9 @@ SETTINGS = (
     ),
     Setting(
         *("basis", "--basis", "BASIS", "own", "own", _ALL),
-        "whose directions are taken: own, each network's singular ones (the paper's); update, those of the update; "
-        "spectrum, singular values alone, for pairs of unequal shape; curvature, the eigenvectors of mean products of "
-        "gradients, which has no rank, driver, alpha, span, smoothing",
+        "what is compared: own, each network along its own singular directions (the paper's); update, both along those "
+        "of the update; spectrum, singular values alone, for pairs of unequal shape; curvature, our anchor, the whole "
+        "distance, weighted by mean products of gradients, which has no rank, driver, alpha, span, smoothing",
     ),
     Setting(
         *("driver", "--svd_driver", "DRIVER", "randomized", "gram", ("gram", "svd", "randomized")),

@@ -27,7 +27,7 @@ AT_ONCE = 2  # runs side by side, a thread each
 FEW_SEEDS, SEEDS = (1, 2, 3, 4), (1, 2, 3)
 FEW = {  # name -> what it is, words after --cfg
     "few_kd": ("KD", ("configs/demo/few.yaml",)),
-    "few_dskd": ("KD + DSKD (curvature)", ("configs/demo/few_dskd.yaml",)),
+    "few_dskd": ("KD + anchor (curvature)", ("configs/demo/few_dskd.yaml",)),
     "few_l2": ("KD + L2 towards the teacher", ("configs/demo/few_dskd.yaml", "DSKD.DIRECTION", "plain")),
     "few_maps": ("PRACTISE", ("configs/demo/few.yaml", "DISTILLER.TYPE", "practise", "PRACTISE.MAP_WEIGHT", 10)),
 }

@@ -43,7 +43,7 @@ def run(
     for name in tasks:
         runs = [_train(Path(glue) / name, model, seed, precision, **size) for seed in range(1, seeds + 1)]
         results[name] = _task_results(runs, size["batch"] * size["block"])
-    case = f"fine-tuning all layers of {Path(model).name}, at most {LENGTH} tokens, learning rate {LEARNING_RATE}"
+    case = f"fine-tuning all layers of the encoder, at most {LENGTH} tokens, learning rate {LEARNING_RATE}"
     found = {"case": case, "precision": precision, "seeds": seeds, **size, "tasks": results}
     path = write("nlp", found, folder)
     return f"{tables.nlp(found)}\n\n{path}"
