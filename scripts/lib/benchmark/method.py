@@ -163,10 +163,15 @@ def run(folder: Path, quick: bool) -> str:
 
 
 def run_curvature(folder: Path, quick: bool) -> str:
-    """Two recipes along the curvature, renewed and applied in every step or less often; the table."""
+    """Three recipes along the curvature, renewed and applied in every step or less often; the table."""
     keep_freed_memory()
-    small = resnet_case(4 if quick else 50, ("resnet20", "resnet8"), 16)  # the table cifar100_few_renewal
-    cases = [_along_the_curvature(case, 2 if quick else 20) for case in (small, resnet_case(4 if quick else 64))]
+    few, all_images = (4, 4) if quick else (50, 64)
+    recipes = [
+        resnet_case(few, ("resnet20", "resnet8"), 16),  # the table cifar100_few_renewal
+        resnet_case(few, ("resnet56", "resnet8")),  # the table cifar100_few_56_maps
+        resnet_case(all_images),
+    ]
+    cases = [_along_the_curvature(case, 2 if quick else 20) for case in recipes]
     found = {"cases": cases}
     path = write("curvature", found, folder)
     return f"{tables.curvature(found)}\n\n{path}"
