@@ -25,7 +25,7 @@ class Part:
         title: what is compared.
         teacher: what the teacher is.
         teachers: its run.
-        students: what each kind of run is, and its runs; the first has no DSKD, the second has.
+        students: what each kind of run is, and its runs; the second is the first with DSKD or the anchor.
         texts: to measure latency with; none for images.
     """
 
@@ -144,7 +144,8 @@ def plot(folder: Path, parts: list[Part]) -> None:
     with drawn(folder, "demo", (4.6 * len(parts), 3.0)) as figure:
         for axis, part in zip(figure.subplots(1, len(parts)), parts, strict=True):
             for place, label in enumerate(part.kinds):
-                values, color = part.values(label), _BLUE if "DSKD" in label else _GREY
+                ours = "DSKD" in label or "anchor" in label
+                values, color = part.values(label), _BLUE if ours else _GREY
                 axis.plot(values, [place + 0.22] * len(values), "o", color=color, alpha=0.45, markersize=3)
                 deviation = statistics.stdev(values) if len(values) > 1 else 0
                 axis.errorbar(statistics.fmean(values), place, xerr=deviation, fmt="o", color=color, capsize=3)
